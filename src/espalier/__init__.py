@@ -1,0 +1,1 @@
+"""Train, compress, measure and ship neural networks."""

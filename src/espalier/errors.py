@@ -1,0 +1,39 @@
+"""The ways a run can end badly, each with the exit code that a shell or a scheduler sees."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+class EspalierError(Exception):
+    """Ends a run with one line on stderr and `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(EspalierError):
+    """A configuration or input that can never work; one problem per line, each naming its key."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+
+
+class NonFiniteError(EspalierError):
+    """The loss became NaN or infinite."""
+
+    exit_code = 4
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        ConfigError: it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise ConfigError(f"{error.name} is not installed; run: pip install -e '.[{extra}]'") from None

@@ -1,0 +1,71 @@
+"""The two values that travel with the data: `DataSpec` forwards into the model, `Report` out of the run."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What one sample looks like and how raw values become model input: `x = (raw / scale - mean) / std`.
+
+    Model, metrics, checkpoint, export and server all take their sizes from here, so no size is configured twice.
+    """
+
+    name: str
+    shape: tuple[int, ...]  # one sample: (channels, height, width) or (features,)
+    scale: float  # raw value that maps to 1.0: 255 for 8-bit images
+    mean: tuple[float, ...]  # of scaled training values, per channel or per feature
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()  # empty for regression
+    class_counts: tuple[int, ...] = ()  # training samples per class, for class weights
+    target_mean: float = 0.0  # regression: models predict (y - target_mean) / target_std
+    target_std: float = 1.0
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.shape) == 3
+
+    @property
+    def num_classes(self) -> int:
+        """0 for regression."""
+        return len(self.class_names)
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the model's last layer: one logit per class, or one number for regression."""
+        return self.num_classes or 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as checkpoints and bundles store it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "DataSpec":
+        """Inverse of `to_dict`."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
+        }
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a task measured; written as `report.json`, printed as a table, drawn as figures.
+
+    A row is one measured artifact: `name`, `runtime`, `metrics` and whatever cost was measured for it
+    (`params`, `nonzero`, `macs`, `size_bytes`, `latency_ms`).
+    """
+
+    task: str
+    run: str  # the run folder
+    source: str | None
+    seed: int
+    rows: list[dict[str, Any]]
+    ratios: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    schema: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, `schema` first."""
+        return {"schema": self.schema, **{key: value for key, value in asdict(self).items() if key != "schema"}}
