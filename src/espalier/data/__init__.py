@@ -1,0 +1,1 @@
+"""Data sets, their loaders and the augmentations that run on whole batches."""

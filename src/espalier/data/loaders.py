@@ -1,0 +1,205 @@
+"""Loaders whose order is a function of (seed, epoch), whose position is saved, and whose batches are ready to train on.
+
+Both kinds follow the same `Order` and hand out the same `Batch`: `BatchLoader` gathers from tensors that lie on the
+device; `StreamLoader` reads what does not fit with worker processes and finishes each batch on the device.
+
+Lightning calls `iter()` on a loader before it restores a checkpoint and before it sets the epoch, so iterators here
+look at epoch and position only when the first batch is asked for.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from espalier import seeding
+from espalier.errors import ConfigError
+
+ORDER_STREAM = 1  # keeps the order apart from other users of (seed, epoch)
+PREFETCH = 2  # batches that each worker prepares ahead
+
+
+class Batch(NamedTuple):
+    """What a learner receives, all on one device; B may be 0 on a rank that has run out of samples to evaluate."""
+
+    x: Tensor  # (B, *shape), float32, normalised; augmented in training
+    y: Tensor  # classes (B,) int64; class probabilities (B, K) float32 if samples are mixed; regression (B,) float32
+    index: Tensor  # type: ignore[assignment]  # (B,) int64: sample of the split; hides a method of tuple nobody needs
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A split or a piece of one: raw values (N, *shape), uint8 or float32, and targets (N,), int64 or float32."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+class Reader(Protocol):
+    """A split that is read piece by piece: raw values and targets of the named samples, as in `Samples`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: list[int]) -> Samples: ...
+
+
+Finish = Callable[[Tensor, Tensor, Tensor, int], Batch]  # raw x, y, index and the epoch to a batch, on the same device
+
+
+class Order:
+    """Which samples make each batch of this rank.
+
+    Training (`seed` given): batch i of all ranks together is `order[i * B * W:(i + 1) * B * W]` of a permutation keyed
+    by (seed, epoch); rank r takes its r-th part of B and an incomplete last one is left out. Evaluation (`seed` None):
+    each sample once over all ranks, the same number of batches on each, as even as possible, the last perhaps empty.
+
+    Raises:
+        ConfigError: training has fewer samples than one global batch.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int | None, rank: int, world_size: int) -> None:
+        global_batch = batch_size * world_size
+        if seed is not None and num_samples < global_batch:
+            raise ConfigError(
+                f"data.batch_size={batch_size}: times {world_size} devices makes a global batch of {global_batch}, "
+                f"but there are only {num_samples} training samples; choose at most {num_samples // world_size}"
+            )
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Batches per epoch, equal on all ranks."""
+        global_batch = self.batch_size * self.world_size
+        return self.num_samples // global_batch if self.seed is not None else -(-self.num_samples // global_batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def batches(self, device: torch.device) -> Sequence[Tensor]:
+        """Sample indices of each batch of the current epoch."""
+        if self.seed is None:
+            whole = torch.arange(self.num_samples, device=device).split(self.batch_size * self.world_size)
+            return [part.tensor_split(self.world_size)[self.rank] for part in whole]
+        order = torch.randperm(self.num_samples, generator=seeding.generator(self.seed, self.epoch, ORDER_STREAM))
+        used = order[: len(self) * self.batch_size * self.world_size].view(len(self), self.world_size, self.batch_size)
+        return used[:, self.rank].to(device).unbind(0)
+
+
+class Loader(ABC):
+    """Batches of one split, with a position that a checkpoint can hold (Lightning's Stateful protocol)."""
+
+    def __init__(self, order: Order, device: torch.device) -> None:
+        self.sampler = order  # Lightning calls `loader.sampler.set_epoch` at the start of each epoch
+        self.device = device
+        self._done = (0, 0)  # the epoch of the batch handed out last, and how many batches of it are done
+        self._resume: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.sampler.epoch
+        resume, self._resume = self._resume, None
+        start = resume[1] if resume and resume[0] == epoch else 0
+        for done, batch in enumerate(self._batches(start), start=start + 1):
+            self._done = (epoch, done)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        epoch, num_batches = self._done
+        return {"epoch": epoch, "num_batches": num_batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave out the batches that are done when the epoch of `state` is iterated next; other epochs are whole."""
+        self._done = self._resume = (state["epoch"], state["num_batches"])
+
+    @abstractmethod
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """Batches of the current epoch from number `start` on."""
+
+
+class BatchLoader(Loader):
+    """Batches out of tensors on the device: one gather each for x and y, no Python per sample.
+
+    `finish` None means that `samples.x` is model input already.
+    """
+
+    def __init__(self, samples: Samples, order: Order, finish: Finish | None) -> None:
+        super().__init__(order, samples.x.device)
+        self.samples = samples
+        self.finish = finish
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        x, y, finish, epoch = self.samples.x, self.samples.y, self.finish, self.sampler.epoch
+        for index_B in self.sampler.batches(self.device)[start:]:
+            x_B, y_B = x.index_select(0, index_B), y.index_select(0, index_B)
+            yield Batch(x_B, y_B, index_B) if finish is None else finish(x_B, y_B, index_B, epoch)
+
+
+class StreamLoader(Loader):
+    """Batches read by `num_workers` processes (0: by this one), then moved to the device and finished there."""
+
+    def __init__(self, reader: Reader, order: Order, finish: Finish, num_workers: int, device: torch.device) -> None:
+        super().__init__(order, device)
+        self.finish = finish
+        self._plan = _Plan()
+        self._loader: DataLoader[Batch] = DataLoader(
+            _Indexed(reader),
+            batch_sampler=self._plan,
+            collate_fn=_unchanged,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=PREFETCH if num_workers else None,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # or DataLoader draws from the global one in every epoch
+        )
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        epoch = self.sampler.epoch
+        self._plan.batches = [index_B.tolist() for index_B in self.sampler.batches(torch.device("cpu"))[start:]]
+        for x, y, index in self._loader:
+            raw, target, index_B = (value.to(self.device, non_blocking=True) for value in (x, y, index))
+            yield self.finish(raw, target, index_B, epoch)
+
+
+class _Plan:
+    """The batches still to be read; the batch sampler of a DataLoader that lives for many epochs."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Indexed(torch.utils.data.Dataset[Any]):
+    """A reader whose batches carry the indices of their samples."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        samples = self.reader.__getitems__(indices)
+        return Batch(samples.x, samples.y, torch.tensor(indices, dtype=torch.int64))
+
+
+def _unchanged(batch: Any) -> Any:
+    """A batch comes out of `__getitems__` whole; there is nothing to collate."""
+    return batch

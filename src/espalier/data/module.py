@@ -1,0 +1,99 @@
+"""The base of all data options: splits and their `DataSpec`, loaders with and without a Trainer."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from espalier.data.augment import Augmentation
+from espalier.data.loaders import Batch, BatchLoader, Loader, Order, Reader, Samples, StreamLoader
+from espalier.data.prepare import Normalise, Prepare
+from espalier.spec import DataSpec
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What an option loads: three splits that share no sample, and the spec that its training split gives."""
+
+    spec: DataSpec
+    train: Samples | Reader
+    val: Samples | Reader
+    test: Samples | Reader
+
+
+class DataModule(L.LightningDataModule):
+    """A subclass implements `load`; options build it as `Target(**yaml, seed=seed)`.
+
+    `batch_size` is per device. `seed` keys order and augmentation, never the splits. `augment` acts on training
+    batches only, in the order of the dict, and is empty for tables.
+    """
+
+    def __init__(self, batch_size: int, seed: int, augment: Mapping[str, Augmentation], num_workers: int = 0) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = augment
+        self.num_workers = num_workers
+
+    @abstractmethod
+    def load(self) -> Splits:
+        """Read the data set; called once, when it is first needed."""
+
+    @cached_property
+    def splits(self) -> Splits:
+        return self.load()
+
+    @property
+    def spec(self) -> DataSpec:
+        return self.splits.spec
+
+    def train_dataloader(self) -> Loader:
+        """Keyed order, augmented, whole global batches only."""
+        return self._loader("train", self.batch_size, is_training=True)
+
+    def val_dataloader(self) -> Loader:
+        return self.loader("val")
+
+    def test_dataloader(self) -> Loader:
+        return self.loader("test")
+
+    def loader(self, split: Split, batch_size: int | None = None) -> Loader:
+        """Any split as evaluation sees it: every sample once, in order, not augmented."""
+        return self._loader(split, self.batch_size if batch_size is None else batch_size, is_training=False)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Nothing to do: loaders build batches on the device, and Lightning's search for tensors takes longer."""
+        return batch if batch.x.device == device else Batch(*(value.to(device) for value in batch))
+
+    def _loader(self, split: Split, batch_size: int, is_training: bool) -> Loader:
+        data: Samples | Reader = getattr(self.splits, split)
+        rank, world_size, device = self._place()
+        order = Order(len(data), batch_size, self.seed if is_training else None, rank, world_size)
+        augment = list(self.augment.values()) if is_training else []
+        finish = Prepare(self.spec, augment, self.seed, device)
+        if not isinstance(data, Samples):
+            return StreamLoader(data, order, finish, self.num_workers, device)
+        on_device = Samples(data.x.to(device), data.y.to(device))
+        if augment:
+            return BatchLoader(on_device, order, finish)
+        normalise = Normalise(self.spec, device)  # the same for each epoch, so once and for all
+        return BatchLoader(Samples(normalise(on_device.x), on_device.y), order, finish=None)
+
+    def _place(self) -> tuple[int, int, torch.device]:
+        """Rank and number of data-parallel processes, and the device of this one."""
+        if self.trainer is None:
+            return 0, 1, torch.device("cpu")
+        sharding: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return sharding["rank"], sharding["num_replicas"], self.trainer.strategy.root_device
+
+
+def class_counts(label_N: Tensor, num_classes: int) -> tuple[int, ...]:
+    """Samples of each class."""
+    return tuple(label_N.bincount(minlength=num_classes).tolist())

@@ -1,0 +1,57 @@
+"""From raw values to model input on the device: scale, augment, normalise."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espalier import seeding
+from espalier.data.augment import Augmentation
+from espalier.data.loaders import Batch
+from espalier.spec import DataSpec
+
+AUGMENT_STREAM = 2  # keeps the numbers of the augmentations apart from other users of (seed, epoch, sample)
+
+
+class Normalise:
+    """`(raw / scale - mean) / std`, float32, for any batch shape."""
+
+    def __init__(self, spec: DataSpec, device: torch.device) -> None:
+        shape = (len(spec.mean), *[1] * (len(spec.shape) - 1))
+        self.scale = spec.scale
+        self.mean = torch.tensor(spec.mean, device=device).view(shape)
+        self.std = torch.tensor(spec.std, device=device).view(shape)
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        return self.of_scaled(raw.float() / self.scale)
+
+    def of_scaled(self, scaled: Tensor) -> Tensor:
+        """The last step alone, for values that are divided by `scale` already."""
+        return (scaled - self.mean) / self.std
+
+
+class Prepare:
+    """Finishes batches of one split: augmentations in their order, mixing ones last, between scaling and normalising.
+
+    The random numbers of a sample depend on (seed, epoch, its index) and on the augmentations listed before, so they
+    are the same in any batch and on any rank. What mixes samples also depends on the neighbour in the batch.
+    """
+
+    def __init__(self, spec: DataSpec, augment: Sequence[Augmentation], seed: int, device: torch.device) -> None:
+        self.normalise = Normalise(spec, device)
+        self.augment = sorted(augment, key=lambda one: one.mixes)
+        self.draws = [one.num_draws for one in self.augment]
+        self.seed = seed
+        self.num_classes_to_mix = spec.num_classes if any(one.mixes for one in augment) else 0
+
+    def __call__(self, raw: Tensor, y: Tensor, index_B: Tensor, epoch: int) -> Batch:
+        if not self.augment:
+            return Batch(self.normalise(raw), y, index_B)
+        x = raw.float() / self.normalise.scale
+        if self.num_classes_to_mix:
+            y = F.one_hot(y, self.num_classes_to_mix).float()
+        u_BN = seeding.uniform(self.seed, epoch, index_B, sum(self.draws), AUGMENT_STREAM)
+        for augmentation, own_BN in zip(self.augment, u_BN.split(self.draws, dim=1), strict=True):
+            x, y = augmentation(x, y, own_BN)
+        return Batch(self.normalise.of_scaled(x), y, index_B)

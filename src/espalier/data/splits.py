@@ -1,0 +1,60 @@
+"""Fixed splits of labelled samples, and the statistics of a training split.
+
+Splits depend on the labels alone, never on the seed of a run: runs with other seeds train and test on the same samples.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from espalier import seeding
+
+SPLIT_SEED = 1997  # any constant; another one would move samples between training and test
+CHUNK = 4096  # samples converted to float64 at a time
+MIN_STD = 1e-8  # a constant channel or feature is only centred, not divided by (nearly) zero
+
+
+def stratified(label_N: Tensor, shares: Sequence[float]) -> list[Tensor]:
+    """Indices of one part for each share and, last, of the rest: disjoint, sorted, each class cut in the same shares.
+
+    Give all samples one label to split without strata.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    parts: list[list[Tensor]] = [[] for _ in range(len(shares) + 1)]
+    classes, counts = label_N.unique(return_counts=True)
+    members = label_N.argsort(stable=True).split(counts.tolist())
+    for number, member_M in enumerate(members):
+        order = torch.randperm(len(member_M), generator=seeding.generator(SPLIT_SEED, number))
+        sizes = [round(share * len(member_M)) for share in shares]
+        if sum(sizes) >= len(member_M):  # a class of a few samples stays in the rest, that is in training
+            sizes = [0] * len(shares)
+        for part, chosen in zip(parts, order.split([*sizes, len(member_M) - sum(sizes)]), strict=True):
+            part.append(member_M[chosen])
+    split = [torch.cat(part).sort().values for part in parts]
+    if any(len(part) == 0 for part in split):
+        raise ValueError(
+            f"shares {list(shares)} of {len(label_N)} samples in {len(classes)} classes leave a split empty: "
+            "choose larger shares, or give more samples"
+        )
+    return split
+
+
+def statistics(x: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of `x / scale` per channel or feature (dimension 1), the latter 1 where it is 0."""
+    mean_C = torch.stack([part.sum(dim=0) for part in _columns(x, scale)]).sum(dim=0) / _values_per_channel(x)
+    squares = [(part - mean_C).square().sum(dim=0) for part in _columns(x, scale)]
+    std_C = (torch.stack(squares).sum(dim=0) / _values_per_channel(x)).sqrt()
+    return tuple(mean_C.tolist()), tuple(torch.where(std_C > MIN_STD, std_C, 1.0).tolist())
+
+
+def _columns(x: Tensor, scale: float) -> Iterator[Tensor]:
+    """Scaled values in float64, one column per channel, in chunks."""
+    for part in x.split(CHUNK):
+        yield part.double().div_(scale).movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _values_per_channel(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
