@@ -1,0 +1,219 @@
+"""A `Report` as a file, as a table on the terminal and as Markdown: one set of numbers, one way to round them.
+
+`trials` is the table of a multirun: what each trial changed and what came of it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from espalier.spec import Report
+
+JSON_NAME = "report.json"
+MARKDOWN_NAME = "report.md"
+TABLE_WIDTH = 80  # a terminal that nobody resized; wider tables are split in two
+MAX_METRICS = 3  # in the table of a multirun, beside the overrides; the rest is in each trial's report
+MISSING = "-"
+
+
+def write(report: Report, folder: Path) -> None:
+    """`report.json` and `report.md` in `folder`, each either whole or untouched."""
+    text = json.dumps(_finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
+    _replace(folder / JSON_NAME, text + "\n")
+    _replace(folder / MARKDOWN_NAME, markdown(report))
+
+
+def read(folder: Path) -> Report:
+    """The report that `write` left in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none, so the run did not finish.
+        ValueError: it was written by another version of this format.
+    """
+    stored = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+    if stored.get("schema") != 1:
+        raise ValueError(f"{folder / JSON_NAME} has schema {stored.get('schema')}; this version reads schema 1")
+    return Report(**stored)
+
+
+def table(report: Report) -> RenderableType:
+    """Rows are artifacts, columns are metrics and costs; two tables where one would not fit 80 columns."""
+    metrics, costs = _columns(report)
+    parts: list[RenderableType] = []
+    if _width({**metrics, **costs}) <= TABLE_WIDTH:
+        parts.append(_grid({**metrics, **costs}))
+    else:
+        names = {"": metrics.get("", costs.get("", []))}
+        parts += [_grid(columns) for columns in (metrics, {**names, **costs}) if len(columns) > 1]
+    parts += [Text(line, style="dim") for line in _remarks(report)]
+    return Group(*parts)
+
+
+def markdown(report: Report) -> str:
+    """The same table and remarks, for `report.md` and for pull requests."""
+    metrics, costs = _columns(report)
+    columns = {**metrics, **costs}
+    lines = [f"# {report.task}: {Path(report.run).name}", ""]
+    lines.append("| " + " | ".join(columns) + " |")
+    lines.append("| " + " | ".join("---" if name == "" else "---:" for name in columns) + " |")
+    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
+    lines += ["", f"Seed {report.seed}." + (f" Source: `{report.source}`." if report.source else "")]
+    lines += [f"* {line}" for line in _remarks(report)]
+    return "\n".join(lines) + "\n"
+
+
+def trials(folders: Sequence[Path]) -> Table:
+    """One row per run folder: the overrides that differ between trials, key metrics, `done` or `failed`.
+
+    A trial is done when its report was written; without one it failed.
+    """
+    overrides = [_overrides(folder) for folder in folders]
+    reports = [read(folder) if (folder / JSON_NAME).exists() else None for folder in folders]
+    changing = [key for key in _keys(overrides) if len({chosen.get(key) for chosen in overrides}) > 1]
+    measured = [done.rows[-1].get("metrics", {}) if done and done.rows else {} for done in reports]
+    columns: Columns = {"trial": [folder.name for folder in folders]}
+    columns |= {key: [chosen.get(key, MISSING) for chosen in overrides] for key in changing}
+    for metric in _keys(measured)[:MAX_METRICS]:
+        columns[metric] = [_cell(values.get(metric), number) for values in measured]
+    columns["state"] = ["done" if done else "failed" for done in reports]
+    return _grid(columns)
+
+
+def si(value: float) -> str:
+    """Three digits and a prefix: 272474 is `272 k`, 40551808 is `40.6 M`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:  # 999,950 reads better as 1.00 M than as 1000 k
+            return f"{_digits(value / size)} {prefix}"
+    return f"{value:g}"
+
+
+def bytes_(value: float) -> str:
+    """Decimal units, as disks and networks use: 1141000 is `1.14 MB`."""
+    number, _, prefix = si(value).partition(" ")
+    return f"{number} {prefix}B"
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `2 min 05 s`, `3 h 07 min`."""
+    if seconds < 99.95:
+        return f"{_digits(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def number(value: float) -> str:
+    """Integers and thousands in full, shares with four decimals: `12`, `5,210`, `0.9889`, `1.0000`, `12.35`."""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if 0.001 <= abs(value) <= 1 or value == 0 else f"{value:.4g}"
+
+
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "params": ("params", si),
+    "nonzero": ("non-zero", si),
+    "macs": ("MACs", si),
+    "size_bytes": ("size", bytes_),
+    "seconds": ("time", duration),
+    "samples_per_second": ("samples/s", number),
+}
+STATE_STYLES = {"done": "green", "failed": "bold red"}
+NOT_COSTS = {"name", "runtime", "metrics", "latency_ms"}
+
+Columns = dict[str, list[str]]  # header -> one cell per row; the header of the names is empty
+
+
+def _columns(report: Report) -> tuple[Columns, Columns]:
+    """The metric columns, headed by the names of the rows, and the cost columns."""
+    rows = report.rows
+    splits = {metric.partition("/")[0] for row in rows for metric in row.get("metrics", {})}
+    metrics: Columns = {"": [str(row["name"]) for row in rows]}
+    if len({row.get("runtime") for row in rows}) > 1:
+        metrics["runtime"] = [str(row.get("runtime", MISSING)) for row in rows]
+    for key in _keys(row.get("metrics", {}) for row in rows):
+        header = key.partition("/")[2] if len(splits) == 1 else key
+        metrics[header] = [_cell(row.get("metrics", {}).get(key), number) for row in rows]
+    costs: Columns = {}
+    for key in [*COSTS, *_keys({key: 0 for key in row if key not in {*COSTS, *NOT_COSTS}} for row in rows)]:
+        header, rounded = COSTS.get(key, (key.replace("_", " "), number))
+        values = [row.get(key) for row in rows]
+        is_news = key != "nonzero" or values != [row.get("params") for row in rows]
+        if is_news and any(value is not None for value in values):
+            costs[header] = [_cell(value, rounded) for value in values]
+    for batch in _keys(row.get("latency_ms", {}) for row in rows):
+        quantiles = [row.get("latency_ms", {}).get(batch, {}) for row in rows]
+        costs[f"ms, batch {batch}"] = [_cell(quantile.get("p50"), _digits) for quantile in quantiles]
+    return metrics, costs
+
+
+def _remarks(report: Report) -> list[str]:
+    ratios = ", ".join(f"{name} {value:.3g}x" for name, value in report.ratios.items())
+    return [*([f"Ratios: {ratios}"] if ratios else []), *report.notes]
+
+
+def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every key once, in order of appearance."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _cell(value: Any, rounded: Callable[[float], str]) -> str:
+    if isinstance(value, bool | str):
+        return str(value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return MISSING
+    return rounded(value)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits with their zeros: 1.00, 40.6, 272."""
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+def _overrides(folder: Path) -> dict[str, str]:
+    """`key=value` words of `overrides.yaml`; nothing where a trial died before it wrote them."""
+    file = folder / "overrides.yaml"
+    words = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    return {str(word).partition("=")[0]: str(word).partition("=")[2] for word in words or []}
+
+
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    """Characters of a table of box style SIMPLE_HEAD."""
+    return sum(2 + max(map(len, [header, *cells])) for header, cells in columns.items()) + len(columns) + 1
+
+
+def _grid(columns: Mapping[str, Sequence[str]]) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for header, cells in columns.items():
+        is_numeric = all(cell == MISSING or cell[:1].isdigit() or cell[:1] == "-" for cell in cells) and header != ""
+        grid.add_column(header, justify="right" if is_numeric else "left", style="bold" if header == "" else "")
+    for cells in zip(*columns.values(), strict=True):
+        grid.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
+    return grid
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(target: Path, text: str) -> None:
+    """A crash leaves the old file or the new one, never a part of either."""
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(target)
