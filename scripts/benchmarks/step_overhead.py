@@ -1,0 +1,182 @@
+"""Cost of one training step of our learner against a hand-written loop and against Lightning as it is usually written.
+
+A 64-64-10 MLP on digits with batches of 64, where nothing but overhead counts. Prints Python and C function calls per
+step (a count that no other process can disturb) and the median ratio of CPU times over interleaved rounds.
+
+    .venv/bin/python scripts/benchmarks/step_overhead.py [--rounds 7]
+"""
+
+import argparse
+import cProfile
+import logging
+import pstats
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from espalier import config
+from espalier.run import prepare
+
+BATCH, WARM_EPOCHS, EPOCHS = 64, 1, 4
+
+
+def dataset() -> TensorDataset:
+    """The 1,149 training digits as a user of plain torch would hold them."""
+    x, y = load_digits(return_X_y=True)
+    return TensorDataset(torch.tensor(x[:1149], dtype=torch.float32) / 16, torch.tensor(y[:1149]))
+
+
+def network() -> nn.Sequential:
+    """The same layers as `model=mlp model.hidden=[64]`."""
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def raw_loop() -> Callable[[int], int]:
+    """(a) What a user writes without any framework."""
+    loader = DataLoader(dataset(), batch_size=BATCH, shuffle=True, drop_last=True)
+    net = network()
+    optimizer = torch.optim.Adam(net.parameters())
+
+    def train(epochs: int) -> int:
+        for _ in range(epochs):
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                optimizer.step()
+        return epochs * len(loader)
+
+    return train
+
+
+class UsualModule(L.LightningModule):
+    """(b) A Lightning module as tutorials write it: two metrics, two logged values per step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.accuracy = MulticlassAccuracy(10)
+        self.top2 = MulticlassAccuracy(10, top_k=2)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.top2(logits, y)
+        self.log("train/accuracy", self.accuracy, on_step=False, on_epoch=True)
+        self.log("train/top2", self.top2, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+def usual_lightning() -> Callable[[int], int]:
+    """(b) with the Trainer's defaults, less its files."""
+
+    def train(epochs: int) -> int:
+        loader = DataLoader(dataset(), batch_size=BATCH, shuffle=True, drop_last=True)
+        trainer = L.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
+        )
+        return _timed_fit(trainer, UsualModule(), loader)
+
+    return train
+
+
+def ours(*extra: str) -> Callable[[int], int]:
+    """`espalier train model=mlp`, with the default callbacks and the CSV logger; no validation, as for the others."""
+
+    def train(epochs: int) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["model=mlp", "model.hidden=[64]", "optimizer=adam", "scheduler=constant", "logger=[csv]"]
+            words += ["data/augment=[]", "strategy=cpu", f"data.batch_size={BATCH}", f"trainer.max_epochs={epochs}"]
+            words += ["trainer.limit_val_batches=0", "callbacks.progress.show=false", *extra]
+            run = prepare(config.compose(words), words, Path(folder), task="train")
+            return _timed_fit(run.trainer, run.learner, run.data)
+
+    return train
+
+
+class _Window(L.Callback):
+    """Measures from the end of the first epoch to the end of training, when everything is warm."""
+
+    def __init__(self) -> None:
+        self.profile: cProfile.Profile | None = None
+        self.seconds = 0.0
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == WARM_EPOCHS - 1:
+            self.seconds = -time.process_time()
+            if self.profile:
+                self.profile.enable()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.profile:
+            self.profile.disable()
+        self.seconds += time.process_time()
+
+
+window = _Window()
+
+
+def _timed_fit(trainer: L.Trainer, learner: L.LightningModule, data: object) -> int:
+    trainer.callbacks.append(window)  # last, so no other callback runs after it
+    trainer.fit(learner, data)
+    return trainer.global_step
+
+
+def measure(name: str, train: Callable[[int], int], profile: bool) -> float:
+    """CPU seconds per step, or function calls per step under the profiler."""
+    steps = dataset().tensors[0].shape[0] // BATCH * EPOCHS
+    profiler = cProfile.Profile()
+    if name == "raw":
+        train(WARM_EPOCHS)
+        if profile:
+            profiler.enable()
+        start = time.process_time()
+        train(EPOCHS)
+        seconds = time.process_time() - start
+        profiler.disable()
+    else:
+        window.profile = profiler if profile else None
+        train(WARM_EPOCHS + EPOCHS)
+        seconds = window.seconds
+    return pstats.Stats(profiler).total_calls / steps if profile else seconds / steps  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    loops = {"raw": raw_loop(), "usual": usual_lightning(), "ours": ours()}
+    calls = {name: measure(name, train, profile=True) for name, train in loops.items()}
+    seconds = [{name: measure(name, train, profile=False) for name, train in loops.items()} for _ in range(rounds)]
+    print(f"{'':34}{'calls/step':>11}{'to (a)':>8}{'to (b)':>8}{'CPU time to (a)':>17}{'to (b)':>8}")
+    titles = {"raw": "(a) raw loop, DataLoader", "usual": "(b) Lightning, usual way", "ours": "espalier"}
+    for name, title in titles.items():
+        to_raw = statistics.median(one[name] / one["raw"] for one in seconds)
+        to_usual = statistics.median(one[name] / one["usual"] for one in seconds)
+        row = f"{title:34}{calls[name]:11.0f}{calls[name] / calls['raw']:8.2f}{calls[name] / calls['usual']:8.2f}"
+        print(f"{row}{to_raw:17.2f}{to_usual:8.2f}")
+    print(f"median of {rounds} interleaved rounds, {torch.get_num_threads()} thread, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What lies in `conf/`: groups, options and the comment each option opens with. Standard library only: help is quick."""
+
+from pathlib import Path
+
+PACKAGED = Path(__file__).parent / "conf"  # inside a wheel
+CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def groups() -> dict[str, list[str]]:
+    """Every config group with its options, nested groups by their path (`data/augment`)."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(CONF.rglob("*/*.yaml")):
+        found.setdefault(file.parent.relative_to(CONF).as_posix(), []).append(file.stem)
+    return found
+
+
+def summary(group: str, option: str) -> str:
+    """The first comment of an option's file, which says in one line what the option is."""
+    for line in (CONF / group / f"{option}.yaml").read_text().splitlines():
+        if line.startswith("#") and not line.startswith("# @package"):
+            return line.removeprefix("#").strip()
+    return ""
+
+
+def knobs(group: str, option: str) -> list[str]:
+    """The lines of an option's file that a user can override, comments included."""
+    lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
+    return [line for line in lines if line.strip() and not line.startswith(("#", "_target_", "_partial_"))]
+
+
+def defaults() -> dict[str, str]:
+    """The option that each group starts with, as `config.yaml` lists them."""
+    chosen: dict[str, str] = {}
+    for line in (CONF / "config.yaml").read_text().splitlines():
+        entry, _, _ = line.strip().removeprefix("- ").partition(" #")
+        group, colon, option = entry.partition(": ")
+        if line.startswith("  - ") and colon:
+            chosen[group] = option.strip()
+    return chosen

@@ -1,0 +1,124 @@
+"""What a checkpoint holds, how it reaches the disk whole, and how it is read back without running any of it.
+
+A checkpoint is Lightning's dictionary plus `espalier: {version, config, spec}`, so nobody retypes overrides. Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it anywhere.
+"""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+
+from espalier.errors import ConfigError
+from espalier.spec import DataSpec
+
+VERSION = 1
+PREFIX = "model."  # the learner's attribute; everything else in its state dict is not the network
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.content["espalier"]["config"])
+
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec.from_dict(self.content["espalier"]["spec"])
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """State dict of the model alone."""
+        state = self.content["state_dict"]
+        return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+
+
+def load(key: str, path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU; nothing in it is executed.
+
+    Raises:
+        ConfigError: the file is damaged, holds more than tensors and plain types, or was not written by espalier.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ConfigError(f"{key}={path}: not a readable checkpoint of tensors and plain types ({reason})") from error
+    described = isinstance(content, dict) and {"espalier", "state_dict"} <= content.keys()
+    if not described or content["espalier"].get("version") != VERSION:
+        raise ConfigError(f"{key}={path}: not a checkpoint of this version of espalier; train it with: espalier train")
+    return Checkpoint(path, content)
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Writes self-describing checkpoints: a temporary file in the same folder, synced, then renamed."""
+
+    def __init__(self, config: Mapping[str, Any], spec: DataSpec) -> None:
+        self.description = {"version": VERSION, "config": dict(config), "spec": spec.to_dict()}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            with temporary.open("wb") as file:
+                torch.save({**checkpoint, "espalier": self.description}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return dict(load("checkpoint", Path(path)).content)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Fill the model with exactly the checkpoint's weights.
+
+    Raises:
+        ConfigError: they belong to another architecture.
+    """
+    new = _misfits(model.state_dict(), checkpoint.weights)
+    unused = checkpoint.weights.keys() - model.state_dict().keys()
+    if new or unused:
+        example = (new or sorted(unused))[0]
+        raise ConfigError(
+            f"source={checkpoint.path}: a checkpoint of another architecture; {len(new)} tensors of the model have no "
+            f"counterpart and {len(unused)} are left over, such as {example}"
+        )
+    model.load_state_dict(checkpoint.weights)
+
+
+def load_fitting_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Fill every tensor that fits by name and shape; return the names of those that stay new (the head, as a rule).
+
+    Raises:
+        ConfigError: fewer than half of the tensors fit, so this is another architecture.
+    """
+    state, stored = model.state_dict(), checkpoint.weights
+    new = _misfits(state, stored)
+    if 2 * len(new) > len(state):
+        raise ConfigError(
+            f"source={checkpoint.path}: a checkpoint of another architecture; only {len(state) - len(new)} of "
+            f"{len(state)} tensors fit this model"
+        )
+    model.load_state_dict(
+        {name: value for name, value in stored.items() if name in state and name not in new}, strict=False
+    )
+    return new
+
+
+def _misfits(state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in state.items() if name not in stored or stored[name].shape != value.shape]

@@ -1,0 +1,229 @@
+"""`espalier TASK [overrides]`: verb, compose, check, run, exit code.
+
+The verb is sugar for `task=TASK` and stays in `sys.argv` in that form, because DDP children run the command line again.
+Torch and Lightning are imported inside `_job`, after the configuration has composed.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from espalier import catalog
+from espalier.errors import ConfigError, EspalierError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+EXAMPLES = """\
+  espalier train                                   a small residual network on handwritten digits, in a minute
+  espalier train model=cnn data=digits trainer.max_epochs=3 strategy=ddp_cpu
+  espalier evaluate source=latest                  the newest finished run, measured again"""
+FLAGS = """\
+  -m, --multirun   one run per combination of the values in KEY=a,b,c
+  --cfg job        print the composed configuration and stop
+  --traceback      show where an error came from
+  --help GROUP     the options of one group, a line each
+  -sc install=bash print the shell code for tab completion: eval "$(espalier -sc install=bash)\""""
+TRIALS_FAILED = 3
+
+
+def main() -> None:
+    """The console command; ends the process with an exit code of DESIGN: 0 done, 2 bad input, 3 failed trials."""
+    wants_traceback = "--traceback" in sys.argv
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--traceback"]
+    try:
+        sys.exit(_dispatch(sys.argv[1:]))
+    except EspalierError as error:
+        if wants_traceback:
+            traceback.print_exc()
+        if _rank() == 0:
+            print(*(f"espalier: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    tasks = catalog.groups()["task"]
+    if "-sc" in words or "--shell-completion" in words:
+        return _complete(tasks)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(tasks))
+        return 0
+    verb = words[0]
+    if "=" not in verb and not verb.startswith("-"):
+        if verb not in tasks:
+            close = get_close_matches(verb, tasks, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{verb}: no such task{hint}; a task is one of {', '.join(tasks)}")
+        sys.argv[1] = f"task={verb}"
+    if "--help" in words or "-h" in words:
+        print(_help(verb, words[-1]))
+        return 0
+    return _compose_and_run()
+
+
+def _compose_and_run() -> int:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from espalier import config
+
+    sys.argv[1:] = _settle_runs(sys.argv[1:])
+    words = [word for word in sys.argv[1:] if not word.startswith("-") and word not in ("job", "all", "hydra")]
+    multirun = bool({"-m", "--multirun"} & set(sys.argv))
+    if multirun:
+        _check_trials(words)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit 1; we translate and choose the code
+    application = hydra.main(config_path=str(catalog.CONF), config_name="config", version_base="1.3")(_job)
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(*config.diagnose(words, error)) from error
+    except EspalierError:
+        if not multirun:
+            raise
+    if multirun:
+        return _report_trials()
+    return 0
+
+
+def _settle_runs(words: Sequence[str]) -> list[str]:
+    """Name RUNs by their absolute path, so that DDP children agree, and send a resumed run to its own folder."""
+    from espalier import runs
+
+    settled = list(words)
+    for place, word in enumerate(words):
+        key, _, value = word.partition("=")
+        if key in ("source", "resume") and value not in ("", "null"):
+            path = runs.find(key, value).resolve()
+            if key == "resume":
+                path = path.parent.parent if path.is_file() else path
+                settled.append(f"hydra.run.dir={path}")
+            settled[place] = f"{key}={path}"
+    if _rank() > 0:
+        settled.append("hydra/job_logging=none")
+        if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
+            settled.append(f"hydra.run.dir={tempfile.mkdtemp(prefix='espalier_rank_')}")
+    return settled
+
+
+def _check_trials(words: Sequence[str]) -> None:
+    """Compose every value of a sweep before the first trial starts."""
+    from espalier import config
+
+    problems: dict[str, None] = {}
+    for trial in config.trials(words):
+        try:
+            trainer = config.compose(trial).trainer
+        except ConfigError as error:
+            problems.update(dict.fromkeys(str(error).splitlines()))
+            continue
+        launches = trainer.strategy if isinstance(trainer.strategy, str) else "fsdp"
+        if launches in ("ddp", "fsdp") and "TORCHELASTIC_RUN_ID" not in os.environ:
+            problems[
+                f"strategy={launches}: its child processes would each start the whole sweep again; "
+                "use trainer.strategy=ddp_spawn, or one command per trial"
+            ] = None
+    if problems:
+        raise ConfigError(*problems)
+
+
+_finished: list[tuple[Path, list[str], str]] = []  # of a multirun in this process: folder, overrides, outcome
+
+
+def _job(cfg: "DictConfig") -> float | None:
+    """One run, or one trial of a sweep; returns what a sweep optimises."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    words = list(hydra_cfg.overrides.task)
+    try:
+        from espalier.run import prepare
+
+        run = prepare(cfg, words, folder, task=str(hydra_cfg.runtime.choices.task))
+        objective = run.perform()
+    except EspalierError as error:
+        _discard_if_empty(folder)
+        _finished.append((folder, words, str(error).splitlines()[0]))
+        raise
+    _finished.append((folder, words, "done"))
+    return objective
+
+
+def _discard_if_empty(folder: Path) -> None:
+    """A run that never started leaves no folder behind."""
+    if {path.name for path in folder.iterdir()} <= {"run.log"}:
+        shutil.rmtree(folder)
+
+
+def _report_trials() -> int:
+    from rich.console import Console
+
+    from espalier.measure import report
+
+    Console().print(report.trials(_finished))
+    return TRIALS_FAILED if any(outcome != "done" for _, _, outcome in _finished) else 0
+
+
+def _rank() -> int:
+    """Of this process, when a launcher has numbered it."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _overview(tasks: Sequence[str]) -> str:
+    lines = [f"  espalier {task:<10} {catalog.summary('task', task)}" for task in tasks]
+    return "\n".join(["Tasks (`espalier TASK --help` for the rest):", *lines, "", "Examples:", EXAMPLES])
+
+
+def _help(verb: str, group: str) -> str:
+    groups = catalog.groups()
+    if group in groups:
+        lines = [f"  {group}={option:<20} {catalog.summary(group, option)}" for option in groups[group]]
+        return "\n".join([f"Options of {group}:", *lines])
+    task = verb.removeprefix("task=")
+    chosen = catalog.defaults()
+    knobs = [f"  task.{line.replace(': ', '=', 1)}" for line in catalog.knobs("task", task)]
+    options = [
+        f"  {name:<13} {', '.join(options)}" + (f"   [{chosen[name]}]" if name in chosen else "")
+        for name, options in groups.items()
+        if name not in ("task", "hydra")
+    ]
+    top = [f"  {line.replace(': ', '=', 1)}" for line in _top_level_lines()]
+    return "\n".join(
+        [f"espalier {task} [GROUP=OPTION] [KEY=VALUE] ...   {catalog.summary('task', task)}", ""]
+        + ["Groups and their options, the default in brackets:", *options, ""]
+        + ["Keys (`--cfg job` prints them all, such as model.width=32):", *top, *knobs, ""]
+        + ["Flags:", FLAGS]
+    )
+
+
+def _top_level_lines() -> list[str]:
+    lines = (catalog.CONF / "config.yaml").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith((" ", "#", "defaults"))]
+
+
+def _complete(tasks: Sequence[str]) -> int:
+    """Tab completion: ours for the verb, Hydra's for everything after it."""
+    line = os.environ.get("COMP_LINE", "")
+    program, _, rest = line.partition(" ")
+    verb, space, others = rest.partition(" ")
+    if line and not space and "=" not in verb:
+        print(*[task for task in tasks if task.startswith(verb)])
+        return 0
+    if verb in tasks:
+        os.environ["COMP_LINE"] = f"{program} task={verb} {others}"
+    import hydra
+
+    hydra.main(config_path=str(catalog.CONF), config_name="config", version_base="1.3")(_job)()
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Classification with cross entropy. Letters: B batch, K classes."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+
+from espalier.learners.learner import Learner, Split
+from espalier.ranges import Rate
+from espalier.spec import DataSpec
+
+
+class CrossEntropy(MeanMetric):
+    """Mean cross entropy of logits (B, K) and classes (B,), in nats."""
+
+    def update(self, logits_BK: Tensor, y_B: Tensor) -> None:  # type: ignore[override]
+        super().update(F.cross_entropy(logits_BK, y_B, reduction="none"))
+
+
+class Classifier(Learner):
+    """One class per sample. Soft targets (B, K), as mixup and cutmix make them, train like hard ones.
+
+    `class_weights` scale each class's loss: `balanced` means num_samples / (num_classes * class_count), which
+    gives every class the same total weight (King and Zeng 2001).
+    """
+
+    monitor = "val/accuracy"
+    mode = "max"
+    train_statistics = ("loss", "accuracy")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DataSpec,
+        optimizer: partial[torch.optim.Optimizer],
+        scheduler: partial[Any],
+        seed: int,
+        label_smoothing: Rate,
+        class_weights: Literal["balanced"] | Sequence[float] | None,
+        channels_last: bool,
+        compile: bool,
+    ) -> None:
+        if not spec.num_classes:
+            raise ValueError(f"data {spec.name} has numbers as targets, not classes; use learner=regressor")
+        self.num_classes = spec.num_classes
+        super().__init__(model, spec, optimizer, scheduler, seed, channels_last, compile)
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weights", _class_weights(class_weights, spec), persistent=False)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(output, y, self.class_weights, label_smoothing=self.label_smoothing)  # type: ignore[arg-type]
+
+    def sums(self, output: Tensor, y: Tensor, loss: Tensor) -> Tensor:
+        y_B = y if y.ndim == 1 else y.argmax(1)
+        num_correct = (output.argmax(1) == y_B).sum()
+        samples = torch.full_like(loss, len(y))
+        return torch.stack((loss * samples, num_correct.to(loss.dtype), samples))
+
+    def new_metrics(self, split: Split) -> MetricCollection:
+        metrics: dict[str, Metric] = {
+            "loss": CrossEntropy(),
+            "accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
+            "f1": MulticlassF1Score(self.num_classes, average="macro", validate_args=False),
+            "calibration_error": MulticlassCalibrationError(self.num_classes, n_bins=15, validate_args=False),
+        }
+        if self.num_classes > 5:
+            metrics["top5_accuracy"] = MulticlassAccuracy(
+                self.num_classes, average="micro", top_k=5, validate_args=False
+            )
+        if split == "test":
+            metrics["confusion_KK"] = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
+        return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
+
+
+def _class_weights(weights: str | Sequence[float] | None, spec: DataSpec) -> Tensor | None:
+    if weights is None:
+        return None
+    if isinstance(weights, str):
+        counts_K = torch.tensor(spec.class_counts, dtype=torch.float32)
+        return counts_K.sum() / (len(counts_K) * counts_K.clamp(min=1))
+    if len(weights) != spec.num_classes:
+        raise ValueError(f"class_weights has {len(weights)} numbers, data {spec.name} has {spec.num_classes} classes")
+    return torch.tensor(list(weights), dtype=torch.float32)

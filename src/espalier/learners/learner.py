@@ -1,0 +1,155 @@
+"""What every learner shares: one training step without host synchronisation, metrics once per epoch, the optimizer.
+
+Letters: B batch, K classes.
+"""
+
+from abc import abstractmethod
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from espalier.data.loaders import Batch
+from espalier.optim.build import build_optimizer, build_scheduler
+from espalier.seeding import seed_step
+from espalier.spec import DataSpec
+
+Split = Literal["val", "test"]
+
+
+class Learner(L.LightningModule):
+    """A model with its loss, metrics and optimizer.
+
+    Training statistics are sums in one tensor on the device, read once per epoch; `self.log` and torchmetrics would
+    cost more than the step of a small network (docs/benchmarks.md).
+    """
+
+    monitor: ClassVar[str]  # the validation metric that decides which checkpoint is best
+    mode: ClassVar[Literal["min", "max"]]
+    train_statistics: ClassVar[tuple[str, ...]]  # names of the sums, each over the samples of an epoch
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DataSpec,
+        optimizer: partial[torch.optim.Optimizer],
+        scheduler: partial[Any],
+        seed: int,
+        channels_last: bool,
+        compile: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = scheduler
+        self.seed = seed
+        self.channels_last = channels_last and spec.is_image
+        self.compiles = compile
+        self.metrics = nn.ModuleDict({split: self.new_metrics(split) for split in ("val", "test")})
+        self.register_buffer("train_sums", torch.zeros(len(self.train_statistics) + 1), persistent=False)
+        self.example_input_array = torch.zeros(2, *spec.shape)
+        self.last_loss: Tensor | None = None
+        self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
+
+    @abstractmethod
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean over the batch, scalar."""
+
+    @abstractmethod
+    def sums(self, output: Tensor, y: Tensor, loss: Tensor) -> Tensor:
+        """One number per name in `train_statistics`, summed over the batch, then the batch size; shape (S + 1,)."""
+
+    @abstractmethod
+    def new_metrics(self, split: Split) -> MetricCollection:
+        """Fresh metrics, prefixed `split/`, to be updated with (output, y)."""
+
+    def predict(self, output: Tensor) -> Tensor:
+        """What the metrics compare with y: the model's output in the unit of the target."""
+        return output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
+
+    def setup(self, stage: str) -> None:
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compiles:
+            self.model.compile()  # in place: torch.compile(model) would rename the state dict
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy asks for it (FSDP2); else nothing."""
+        mesh = self.device_mesh
+        if mesh is None or hasattr(self.model, "set_requires_gradient_sync"):
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for block in self.model.children():
+            if any(True for _ in block.parameters()):
+                fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.optimizer_factory, self.model)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = build_scheduler(self.scheduler_factory, optimizer, total_steps, self.monitor, self.mode)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_train_start(self) -> None:
+        self.on_train_epoch_start()  # Lightning skips that hook where a run resumes in mid-epoch
+
+    def on_train_epoch_start(self) -> None:
+        self._epoch, self._rank = self.current_epoch, self.global_rank
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        seed_step(self.seed, self._epoch, batch_idx, self._rank)
+        output = self.forward(x)
+        loss = self.loss(output, y)
+        self.last_loss = loss.detach()
+        with torch.no_grad():
+            self.train_sums += self.sums(output, y, self.last_loss)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        *sums, samples = self._total_train_sums().unbind()
+        self.log_dict(
+            {f"train/{name}": value / samples for name, value in zip(self.train_statistics, sums, strict=True)}
+        )
+        self.train_sums.zero_()
+
+    def _total_train_sums(self) -> Tensor:
+        return self.trainer.strategy.reduce(self.train_sums.clone(), reduce_op="sum")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["train_sums"] = self._total_train_sums()  # of the running epoch, so a resumed one reports whole
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "train_sums" in checkpoint and self.global_rank == 0:
+            self.train_sums.copy_(checkpoint["train_sums"])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure("test", batch)
+
+    def _measure(self, split: Split, batch: Batch) -> None:
+        if len(batch.y):  # the last batch of a rank may be empty
+            self.metrics[split].update(self.predict(self.forward(batch.x).float()), batch.y)  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _log_metrics(self, split: Split) -> None:
+        metrics = self.metrics[split]
+        values = metrics.compute()  # type: ignore[operator]
+        metrics.reset()  # type: ignore[operator]
+        self.measured[split] = values
+        self.log_dict({name: value for name, value in values.items() if value.ndim == 0})

@@ -1,0 +1,268 @@
+"""The composition root: the one place where configuration becomes objects, each built when it is first asked for."""
+
+import inspect
+import json
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from espalier import checkpoint, runs, seeding
+from espalier.callbacks.guarded import guarded
+from espalier.callbacks.wandb_log import log_report
+from espalier.checkpoint import Checkpoint, CheckpointIO
+from espalier.config import check
+from espalier.data.module import DataModule
+from espalier.errors import ConfigError
+from espalier.learners.learner import Learner
+from espalier.measure import cost, figures, provenance, report
+from espalier.spec import Report
+
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.WARNING)
+for not_for_users in (
+    ".*isinstance.treespec, LeafSpec",  # Lightning 2.6 under torch 2.13
+    ".*does not have many workers",  # tensors in memory need none
+    "The number of training batches",  # epochs shorter than log_every_n_steps are logged at their end
+    "It is recommended to use `self.log",  # torchmetrics has summed over ranks already
+    "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
+):
+    warnings.filterwarnings("ignore", not_for_users)
+
+EVALUATED = ("best.ckpt", "last.ckpt")  # what `source=FOLDER` means, in this order
+RESUMED = ("last.ckpt",)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. A task pays only for the parts it touches."""
+
+    cfg: DictConfig
+    words: Sequence[str]  # of the command line
+    folder: Path
+    task: str
+    source: Checkpoint | None = None
+    resumed: Checkpoint | None = None
+
+    @cached_property
+    def data(self) -> DataModule:
+        data: DataModule = _build("data", self.cfg.data, seed=self.cfg.seed)
+        if self.source and self.task != "train":
+            _require_same_data(data, self.source)
+        return data
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The network with its first weights: drawn from the seed, or taken from the source."""
+        model = self._new_model()
+        if self.source and self.task == "train":
+            new = checkpoint.load_fitting_weights(model, self.source)
+            self.say(f"warm start from {self.source.path}" + (f"; new: {', '.join(new)}" if new else ""))
+        elif self.source:
+            checkpoint.load_weights(model, self.source)
+        return model
+
+    def _new_model(self) -> nn.Module:
+        spec = self.data.spec
+        torch.manual_seed(seeding.key(self.cfg.seed))
+        return _build("model", self.cfg.model, input_shape=spec.shape, num_outputs=spec.num_outputs)
+
+    @cached_property
+    def learner(self) -> Learner:
+        return _build(
+            "learner",
+            self.cfg.learner,
+            model=self.model,
+            spec=self.data.spec,
+            optimizer=instantiate(self.cfg.optimizer, _convert_="all"),
+            scheduler=instantiate(self.cfg.scheduler, _convert_="all"),
+            seed=self.cfg.seed,
+        )
+
+    @cached_property
+    def callbacks(self) -> list[L.Callback]:
+        supplied = {"monitor": self.learner.monitor, "mode": self.learner.mode, "dirpath": self.folder / "checkpoints"}
+        return [_build(f"callbacks.{name}", node, **supplied) for name, node in self.cfg.callbacks.items()]
+
+    @cached_property
+    def loggers(self) -> list[Logger]:
+        supplied = {"folder": self.folder, "run_name": self.folder.name}
+        return [guarded(partial(_build, f"logger.{name}", node, **supplied)) for name, node in self.cfg.logger.items()]
+
+    @cached_property
+    def trainer(self) -> L.Trainer:
+        config = OmegaConf.to_container(self.cfg, resolve=True)
+        assert isinstance(config, dict)
+        return _build(
+            "trainer",
+            self.cfg.trainer,
+            callbacks=self.callbacks,
+            logger=self.loggers,
+            plugins=[CheckpointIO({str(key): value for key, value in config.items()}, self.data.spec)],
+            default_root_dir=self.folder,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks),
+            enable_progress_bar=False,  # conf/callbacks/progress.yaml and summary.yaml stand for Lightning's own
+            enable_model_summary=False,
+            num_sanity_val_steps=0,  # a resumed run would skip them, an unbroken one not
+            use_distributed_sampler=False,  # data/loaders.py shards, and loses or repeats no sample
+        )
+
+    def perform(self) -> float | None:
+        """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint."""
+        instantiate(self.cfg.task, _partial_=True)(self)
+        return self.best_score
+
+    def measure(self, split: Literal["train", "val", "test"], weights: Path | None = None) -> dict[str, float]:
+        """Metrics of a whole split, named `split/...`, with the given checkpoint's weights or the present ones."""
+        self.data.tested_split = split
+        [values] = self.trainer.test(self.learner, self.data, ckpt_path=weights, verbose=False)
+        return {name.replace("test/", f"{split}/"): value for name, value in values.items()}
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint that this run's training found best; None where it saved nothing."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        return Path(best) if best else None
+
+    @property
+    def best_score(self) -> float | None:
+        """The monitored metric of the best checkpoint; None where nothing was saved."""
+        score = getattr(self.trainer.checkpoint_callback, "best_model_score", None)
+        return None if score is None else float(score)
+
+    def cost(self, weights: Path | None) -> dict[str, Any]:
+        """Name, runtime and counted cost of the network in a checkpoint file, or of the present one."""
+        model = self._new_model() if weights else self.model
+        if weights:
+            checkpoint.load_weights(model, checkpoint.load("source", weights))
+        return {
+            "name": type(model).__name__,
+            "runtime": "torch",
+            "params": cost.count_params(model),
+            "nonzero": cost.count_nonzero(model),
+            "macs": cost.count_macs(model, self.data.spec.shape),
+            **({"size_bytes": cost.size_bytes(weights)} if weights else {}),
+        }
+
+    def record(self) -> None:
+        """Write down what this run is made of before it starts: config, overrides, provenance."""
+        if not _is_first_rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.cfg, self.folder / "config.yaml", resolve=True)
+        OmegaConf.save(OmegaConf.create(list(self.words)), self.folder / "overrides.yaml")
+        (self.folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
+
+    def publish(self, row: dict[str, Any], *notes: str) -> Report:
+        """Report one measured row: files, figures, loggers, and the table that the user sees."""
+        source = str(self.source.path) if self.source else None
+        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows=[row], notes=list(notes))
+        if _is_first_rank():
+            self._draw()
+            for logger in self.loggers:
+                log_report(logger, done)
+            report.write(done, self.folder)  # last: a folder with a report is a finished run
+            Console().print(report.table(done))
+            self.say(f"report: {self.folder / report.MARKDOWN_NAME}")
+        return done
+
+    def _draw(self) -> None:
+        folder = self.folder / "figures"
+        folder.mkdir(exist_ok=True)
+        if (self.folder / "metrics.csv").exists() and self.task == "train":
+            figures.curves(self.folder / "metrics.csv", folder / "curves.png")
+        tables = self.learner.measured.get("test", {})
+        if "test/confusion_KK" in tables:
+            names = self.data.spec.class_names
+            figures.confusion_matrix(tables["test/confusion_KK"], names, folder / "confusion.png")
+        if "test/pairs_N2" in tables:
+            figures.predicted_vs_true(*tables["test/pairs_N2"].unbind(1), folder / "predictions.png")
+
+    def say(self, line: str) -> None:
+        """One line for the user, from the first rank alone."""
+        if _is_first_rank():
+            Console(highlight=False, soft_wrap=True).print(line)
+
+
+def _is_first_rank() -> bool:
+    return rank_zero_only.rank in (None, 0)
+
+
+def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> Run:
+    """Settle what comes from other runs, check everything that can be checked, and return the run; nothing is built.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    if cfg.source and cfg.resume:
+        raise ConfigError(f"source={cfg.source}: a resumed run has its weights already; drop source or resume")
+    source = resumed = None
+    if cfg.source:
+        source = _load("source", cfg.source, EVALUATED)
+        cfg = runs.from_source(cfg, source.config, words, may_change=task == "train")
+    if cfg.resume:
+        resumed = _load("resume", cfg.resume, RESUMED)
+        cfg = runs.from_resumed(cfg, resumed.config, words)
+    check(cfg, untrusted=bool(source or resumed))
+    _check_devices(cfg.trainer)
+    return Run(cfg, words, folder, task, source, resumed)
+
+
+def _require_same_data(data: DataModule, source: Checkpoint) -> None:
+    now, then = data.spec, source.spec
+    if (now.shape, now.class_names) != (then.shape, then.class_names):
+        raise ConfigError(
+            f"source={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
+            f"but data is {now.name} {now.shape} with {now.num_outputs}"
+        )
+
+
+def _load(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
+    return checkpoint.load(key, runs.checkpoint_in(key, runs.find(key, reference), names))
+
+
+def _check_devices(trainer: DictConfig) -> None:
+    """Refuse what this machine does not have, before Lightning starts processes for it."""
+    wants_gpu = trainer.accelerator in ("gpu", "cuda")
+    num_gpus = torch.cuda.device_count()
+    if wants_gpu and not num_gpus:
+        raise ConfigError(
+            f"trainer.accelerator={trainer.accelerator}: this machine has no GPU; use strategy=cpu or ddp_cpu"
+        )
+    on_gpu = wants_gpu or (trainer.accelerator == "auto" and num_gpus)
+    limit = num_gpus if on_gpu else max(2, os.cpu_count() or 1)  # two processes share one core, for tests
+    wanted = trainer.devices if isinstance(trainer.devices, int) else 1
+    if wanted > limit or wanted == 0:
+        raise ConfigError(f"trainer.devices={wanted}: this machine has {limit} {'GPUs' if on_gpu else 'CPU cores'}")
+    if trainer.sync_batchnorm and not on_gpu:
+        raise ConfigError("trainer.sync_batchnorm=true: torch synchronises batch norm on GPUs only; set it to false")
+
+
+def _build(key: str, node: DictConfig, **supplied: Any) -> Any:
+    """The object that a config node describes, given the arguments of `config.SUPPLIED` that it accepts.
+
+    Raises:
+        ConfigError: the object refuses its arguments; the message names `key`.
+    """
+    factory = instantiate(node, _partial_=True, _convert_="all")
+    accepted = inspect.signature(factory.func).parameters
+    try:
+        return factory(**{name: value for name, value in supplied.items() if name in accepted})
+    except (ValueError, TypeError, MisconfigurationException, InstantiationException) as error:
+        raise ConfigError(f"{key}: {error}") from error

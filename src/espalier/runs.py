@@ -1,0 +1,118 @@
+"""Runs on disk: which folder or checkpoint `RUN` means, and what a run inherits from the one it starts from.
+
+Standard library and omegaconf only, so a misspelt RUN is answered before torch is imported.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from espalier.config import parse
+from espalier.errors import ConfigError
+
+LOGS = Path("logs")
+NETWORK = ("data", "model", "learner")  # what decides which weights fit
+
+
+def find(key: str, run: str) -> Path:
+    """The run folder or checkpoint file that `run` names; `latest` is the newest finished run that has weights.
+
+    Raises:
+        ConfigError: there is none; the message starts with `key`.
+    """
+    if run == "latest":
+        finished = [
+            report.parent for report in LOGS.glob("*/*/report.json") if (report.parent / "checkpoints").is_dir()
+        ]
+        if not finished:
+            raise ConfigError(f"{key}=latest: no finished run below {LOGS.resolve()}; start one with: espalier train")
+        return max(finished, key=lambda folder: (folder / "report.json").stat().st_mtime)
+    path = Path(run)
+    if not path.exists():
+        raise ConfigError(f"{key}={run}: no such run folder or checkpoint file")
+    return path
+
+
+def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
+    """The first of `names` among the checkpoints of a run folder; a file stands for itself.
+
+    Raises:
+        ConfigError: the folder holds none of them.
+    """
+    if path.is_file():
+        return path
+    for name in names:
+        if (path / "checkpoints" / name).exists():
+            return path / "checkpoints" / name
+    raise ConfigError(f"{key}={path}: holds no checkpoint ({' or '.join(f'checkpoints/{name}' for name in names)})")
+
+
+def from_source(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str], *, may_change: bool) -> DictConfig:
+    """`cfg` with data, model and learner of the source; knobs of the data stay open.
+
+    `may_change` (warm start, transfer learning) lets the command line choose another of the three.
+
+    Raises:
+        ConfigError: the command line changes one of them although the source decides it.
+    """
+    overrides = parse(words)
+    chosen = {_group(word) for word in overrides if "." not in word.key_or_group} | {""}
+    fixed = [
+        f"{word.input_line}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
+        for word in overrides
+        if _group(word) in NETWORK and not (word.key_or_group.startswith("data.") or may_change)
+    ]
+    if fixed:
+        raise ConfigError(*fixed)
+    result = cfg.copy()
+    with open_dict(result):
+        for group in NETWORK:
+            if group not in chosen and "experiment" not in chosen:
+                result[group] = stored[group]
+                for word in overrides:
+                    if word.key_or_group.startswith(f"{group}."):
+                        _apply(result, word)
+    return result
+
+
+def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
+    """The stored config of a run that goes on; of the command line only `trainer.*` may differ.
+
+    Raises:
+        ConfigError: another word asks for something that the run was not configured with.
+    """
+    result = OmegaConf.create(dict(stored))
+    problems = []
+    for word in parse(words):
+        group = {"strategy": "trainer"}.get(_group(word), _group(word))
+        if word.key_or_group.startswith("trainer."):
+            _apply(result, word)
+        elif group in stored and group not in ("task", "resume") and _plain(cfg[group]) != stored[group]:
+            problems.append(
+                f"{word.input_line}: resume continues the run as it was configured and {group} differs; "
+                "drop it, or start a new run with source="
+            )
+    if problems:
+        raise ConfigError(*problems)
+    result.resume = cfg.resume
+    return result
+
+
+def _group(word: Override) -> str:
+    return word.key_or_group.partition(".")[0].partition("/")[0]
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _apply(cfg: DictConfig, word: Override) -> None:
+    with open_dict(cfg):
+        if word.is_delete():
+            parent, _, name = word.key_or_group.rpartition(".")
+            OmegaConf.select(cfg, parent).pop(name, None)
+        else:
+            OmegaConf.update(cfg, word.key_or_group, word.value(), force_add=True)

@@ -1,0 +1,64 @@
+"""Runs the command line inside the test process, in a folder of its own."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from espalier import cli
+
+QUICK = ("logger=[csv]", "callbacks.progress.show=false", "callbacks.summary.show=false")
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path  # where logs/ lies
+
+    @property
+    def run(self) -> Path:
+        """The newest run folder."""
+        return max(
+            (report.parent for report in self.folder.glob("logs/*/*/report.json")), key=lambda run: run.stat().st_mtime
+        )
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def espalier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`espalier("train", "model=mlp")` as a user would type it, with tmp_path as the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Outcome:
+        return command(words, tmp_path, capfd)
+
+    return run
+
+
+def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str] | None = None) -> Outcome:
+    before, sys.argv = sys.argv, ["espalier", *words]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
+    out, err = capfd.readouterr() if capfd else ("", "")
+    return Outcome(code, out, err, folder)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
