@@ -27,7 +27,6 @@ PartShare = Annotated[float, Gt(0), Lt(1)]
 MAX_VALUE = 255
 DECODE = 1024  # images decoded at a time while a split is read into memory
 NUM_FOR_STATISTICS = 1024  # images, evenly spaced, that stand for a training split that does not fit in memory
-IMAGES = "image"  # our own name of the image column
 
 
 class HubImages(DataModule):
@@ -153,7 +152,7 @@ class ImageReader:
 
     def __getitems__(self, indices: list[int]) -> Samples:
         x = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
-        images = self.images[indices][IMAGES] if indices else []
+        images = self.images[indices][self.images.column_names[0]] if indices else []
         for target, image in zip(x, images, strict=True):
             target.copy_(to_tensor(image, self.shape))
         return Samples(x, self.label_N[indices])
@@ -219,14 +218,14 @@ def _classes(train: Any, column: str) -> Classes:
 
 
 def _images(part: Any, column: str) -> Any:
-    """The image column alone, under the name `IMAGES`; plain bytes are read as image files."""
+    """The image column alone; plain bytes are read as image files."""
     _check_column(part, column, "data.image_column")
     kind = require("datasets", "hub").Image
-    alone = part.select_columns([column]).rename_column(column, IMAGES)
-    if isinstance(alone.features[IMAGES], kind):
+    alone = part.select_columns([column])
+    if isinstance(alone.features[column], kind):
         return alone
     try:
-        return alone.cast_column(IMAGES, kind())
+        return alone.cast_column(column, kind())
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"data.image_column={column}: holds no images but {part.features[column]}") from error
 

@@ -101,6 +101,7 @@ class Loader(ABC):
 
     def __init__(self, order: Order, device: torch.device) -> None:
         self.sampler = order  # Lightning calls `loader.sampler.set_epoch` at the start of each epoch
+        self.batch_sampler = None  # what has a sampler must have this too: Lightning looks whether it shuffles
         self.device = device
         self._done = (0, 0)  # the epoch of the batch handed out last, and how many batches of it are done
         self._resume: tuple[int, int] | None = None
@@ -164,6 +165,18 @@ class StreamLoader(Loader):
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # or DataLoader draws from the global one in every epoch
         )
+
+    @property
+    def _iterator(self) -> Any:
+        """The worker pool. Lightning stops a pool that it finds under this name when a fit ends or fails.
+
+        Garbage collection would do it too, but inside a reference cycle it loses the workers' farewell: 5 s for each.
+        """
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._loader._iterator = value
 
     def _batches(self, start: int) -> Iterator[Batch]:
         epoch = self.sampler.epoch

@@ -37,8 +37,7 @@ def cutmix(x_BCHW: Tensor, y: Tensor, keep_B: Tensor, row_B: Tensor, column_B: T
 
 def mix(value: Tensor, keep_B: Tensor) -> Tensor:
     """Own value and that of the neighbour, weighed; any shape with the batch first."""
-    neighbour = value.roll(1, dims=0)
-    return neighbour + keep_B.to(value.dtype).view(-1, *[1] * (value.ndim - 1)) * (value - neighbour)
+    return torch.lerp(value.roll(1, dims=0), value, keep_B.view(-1, *[1] * (value.ndim - 1)))  # exact where keep is 1
 
 
 class BetaQuantile:

@@ -1,0 +1,244 @@
+"""`hub_images` on folders and parquet files that these tests write; the hub itself is switched off."""
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from espalier import errors
+from espalier.data import hub_images
+from espalier.data.hub_images import HubImages, ImageReader, to_tensor
+from espalier.data.loaders import BatchLoader, StreamLoader
+from espalier.errors import ConfigError
+
+SIDE = 6
+SHADES = {"cat": 10, "dog": 120, "owl": 230}  # images of a class are around one shade
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def picture(name: str, number: int, side: int = SIDE) -> Image.Image:
+    """A different image for each number, of one grey shade per column."""
+    columns = np.arange(side) + SHADES[name] + number % 10
+    return Image.fromarray(np.broadcast_to(columns[None, :, None], (side, side, 3)).astype(np.uint8))
+
+
+def write_folder(root, num: int, names=tuple(SHADES), start: int = 0) -> None:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(start, start + num):
+            picture(name, number).save(root / name / f"{number}.png")
+
+
+def table(num: int, label="class") -> datasets.Dataset:
+    names = list(SHADES)
+    rows = {"photo": [], "kind": []}
+    for number in range(num * len(names)):
+        name = names[number % len(names)]
+        rows["photo"].append(picture(name, number))
+        rows["kind"].append(names.index(name) if label in ("class", "number") else name)
+    kind = {"class": datasets.ClassLabel(names=names), "number": datasets.Value("int64")}.get(label)
+    features = datasets.Features({"photo": datasets.Image(), "kind": kind or datasets.Value("string")})
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def images(path, **changes) -> HubImages:
+    knobs = {"path": str(path), "subset": None, "image_column": "image", "label_column": "label"}
+    knobs |= {"train_split": "train", "val_split": None, "test_split": None, "val_share": 0.2, "test_share": 0.2}
+    knobs |= {"channels": 3, "image_size": SIDE, "mean": None, "std": None, "in_memory": True, "num_workers": 0}
+    return HubImages(**(knobs | {"batch_size": 4, "augment": {}, "seed": 0} | changes))
+
+
+def sizes(data: HubImages) -> dict[str, int]:
+    return {split: len(getattr(data.splits, split)) for split in ("train", "val", "test")}
+
+
+def one_line(data: HubImages) -> str:
+    with pytest.raises(ConfigError) as caught:
+        _ = data.spec
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_folder_of_classes_is_divided_into_three_stratified_splits(tmp_path):
+    write_folder(tmp_path / "pets", num=10)
+    data = images(tmp_path / "pets")
+    assert sizes(data) == {"train": 18, "val": 6, "test": 6}  # test 2 of 10 per class, then val 0.2 * 8 = 1.6
+    assert data.spec.class_counts == (6, 6, 6)
+    assert data.spec.class_names == ("cat", "dog", "owl")
+    assert data.spec.name == "pets"
+
+
+def test_carved_splits_share_no_image_and_lose_none(tmp_path):
+    write_folder(tmp_path / "pets", num=10)
+    splits = images(tmp_path / "pets").splits
+    seen = [image.numpy().tobytes() for part in (splits.train, splits.val, splits.test) for image in part.x]
+    assert len(set(seen)) == len(seen) == 30
+
+
+def test_labels_belong_to_their_images(tmp_path):
+    write_folder(tmp_path / "pets", num=10)
+    splits = images(tmp_path / "pets").splits
+    for part in (splits.train, splits.val, splits.test):
+        shade = torch.tensor(list(SHADES.values()))[part.y]
+        assert torch.equal((part.x[:, 0, 0, 0] - shade) // 10, torch.zeros_like(shade))
+
+
+def test_an_official_test_split_is_kept_and_validation_comes_out_of_training(tmp_path):
+    write_folder(tmp_path / "pets" / "train", num=10)
+    write_folder(tmp_path / "pets" / "test", num=3, start=90)
+    data = images(tmp_path / "pets")
+    assert sizes(data) == {"train": 24, "val": 6, "test": 9}
+
+
+def test_an_official_validation_split_is_kept(tmp_path):
+    write_folder(tmp_path / "pets" / "train", num=10)
+    write_folder(tmp_path / "pets" / "validation", num=2, start=50)
+    write_folder(tmp_path / "pets" / "test", num=3, start=90)
+    assert sizes(images(tmp_path / "pets")) == {"train": 30, "val": 6, "test": 9}
+
+
+def test_the_validation_split_can_serve_as_test_as_imagenet_does(tmp_path):
+    write_folder(tmp_path / "pets" / "train", num=10)
+    write_folder(tmp_path / "pets" / "validation", num=2, start=50)
+    data = images(tmp_path / "pets", test_split="validation")
+    assert sizes(data) == {"train": 24, "val": 6, "test": 6}
+
+
+@pytest.mark.parametrize(
+    ("label", "names"), [("class", ("cat", "dog", "owl")), ("number", ("0", "1", "2")), ("text", ("cat", "dog", "owl"))]
+)
+def test_a_parquet_file_with_any_kind_of_label_is_read(tmp_path, label, names):
+    table(10, label).to_parquet(tmp_path / "pets.parquet")
+    data = images(tmp_path / "pets.parquet", image_column="photo", label_column="kind")
+    assert sizes(data) == {"train": 18, "val": 6, "test": 6}
+    assert data.spec.class_names == names
+    assert torch.equal(data.splits.train.x[:, 0, 0, 0] // 100, data.splits.train.y)
+
+
+def test_parquet_files_with_official_splits_are_read(tmp_path):
+    table(10).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    table(4).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    data = images(tmp_path, image_column="photo", label_column="kind")
+    assert sizes(data) == {"train": 24, "val": 6, "test": 12}
+
+
+def test_plain_bytes_of_images_are_decoded(tmp_path):
+    plain = table(10).cast_column("photo", datasets.Image(decode=False))
+    rows = {"photo": [row["photo"]["bytes"] for row in plain], "kind": plain["kind"][:]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "pets.parquet")
+    data = images(tmp_path / "pets.parquet", image_column="photo", label_column="kind")
+    wanted = to_tensor(table(10)[0]["photo"], (3, SIDE, SIDE))
+    everything = torch.cat([data.splits.train.x, data.splits.val.x, data.splits.test.x])
+    assert (everything == wanted).flatten(1).all(dim=1).any()
+
+
+def test_streaming_gives_the_same_batches_as_memory(tmp_path):
+    write_folder(tmp_path / "pets", num=10)
+    stored, streamed = images(tmp_path / "pets"), images(tmp_path / "pets", in_memory=False, num_workers=2)
+    assert isinstance(streamed.splits.train, ImageReader)
+    assert streamed.spec == stored.spec
+    ours, theirs = stored.train_dataloader(), streamed.train_dataloader()
+    assert isinstance(ours, BatchLoader)
+    assert isinstance(theirs, StreamLoader)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.index, other.index)
+        assert torch.equal(one.y, other.y)
+        torch.testing.assert_close(one.x, other.x)
+
+
+def test_splits_do_not_depend_on_the_seed(tmp_path):
+    write_folder(tmp_path / "pets", num=10)
+    one, other = images(tmp_path / "pets", seed=0).splits, images(tmp_path / "pets", seed=1).splits
+    assert torch.equal(one.test.x, other.test.x)
+    assert torch.equal(one.val.x, other.val.x)
+
+
+def test_given_statistics_are_used_as_they_are(tmp_path):
+    write_folder(tmp_path / "pets", num=10)
+    spec = images(tmp_path / "pets", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]).spec
+    assert (spec.mean, spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_images_become_grey_for_one_channel():
+    grey = to_tensor(Image.new("RGB", (4, 4), (255, 0, 0)), (1, 4, 4))
+    assert grey.unique().tolist() == [76]  # 0.299 * 255
+
+
+def test_other_sizes_are_scaled_and_cut_to_the_middle_square():
+    wide = np.zeros((4, 12, 3), np.uint8)
+    wide[:, 4:8] = 200  # the middle square
+    assert to_tensor(Image.fromarray(wide), (3, 4, 4)).unique().tolist() == [200]
+    assert to_tensor(Image.fromarray(wide), (3, 8, 8)).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "some/where/else", "pets.parquet"])
+def test_a_missing_folder_or_file_is_one_line_that_names_the_key(path):
+    assert one_line(images(path)).startswith(f"data.path={path}: no such file or folder; give ")
+
+
+@pytest.mark.parametrize("path", ["nobody/nothing", "???"])
+def test_an_unreachable_hub_id_is_one_line_that_names_the_key(path):
+    message = one_line(images(path))
+    assert message.startswith(f"data.path={path}: is neither a folder here nor to be had from the hub (")
+    assert message.endswith("; give a folder, a parquet file or a hub id")
+
+
+def test_a_folder_without_images_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert one_line(images(tmp_path / "empty")).startswith(f"data.path={tmp_path}/empty: holds no data set (")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_column": "kid"}, "data.label_column=kid: no such column; did you mean kind?; there are photo, kind"),
+        ({"image_column": "pic"}, "data.image_column=pic: no such column; there are photo, kind"),
+        ({"image_column": "kind"}, "data.image_column=kind: holds no images but ClassLabel("),
+        ({"test_split": "tset"}, "data.test_split=tset: no such split; there are train"),
+        ({"val_split": "trian"}, "data.val_split=trian: no such split; did you mean train?; there are train"),
+        ({"train_split": "all"}, "data.train_split=all: no such split; there are train"),
+    ],
+)
+def test_wrong_names_are_one_line_with_what_there_is(tmp_path, changes, message):
+    table(10).to_parquet(tmp_path / "pets.parquet")
+    knobs = {"image_column": "photo", "label_column": "kind"} | changes
+    assert one_line(images(tmp_path / "pets.parquet", **knobs)).startswith(message)
+
+
+def test_a_test_split_without_labels_is_one_line(tmp_path):
+    table(4, "number").to_parquet(tmp_path / "train.parquet")
+    hidden = table(4, "number").map(lambda row: {"kind": -1})
+    hidden.to_parquet(tmp_path / "test.parquet")
+    message = one_line(images(tmp_path, image_column="photo", label_column="kind"))
+    assert message.startswith("data.label_column=kind: a split has labels below 0")
+
+
+def test_a_class_that_training_lacks_is_one_line(tmp_path):
+    table(6, "text").filter(lambda row: row["kind"] != "owl").to_parquet(tmp_path / "train.parquet")
+    table(6, "text").to_parquet(tmp_path / "test.parquet")
+    message = one_line(images(tmp_path, image_column="photo", label_column="kind"))
+    assert "the test split has labels that training lacks: owl" in message
+
+
+def test_a_missing_extra_names_what_to_install(monkeypatch, tmp_path):
+    def missing(name: str):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(errors, "import_module", missing)
+    monkeypatch.setattr(hub_images, "require", errors.require)
+    assert one_line(images(tmp_path)) == "datasets is not installed; run: pip install -e '.[hub]'"
+
+
+def test_half_of_the_statistics_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give both or neither"):
+        images(tmp_path, mean=[0.5, 0.5, 0.5])
