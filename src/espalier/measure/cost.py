@@ -40,7 +40,7 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
     """Evaluation mode, no gradients, and every operation visible to a FLOP counter; all restored afterwards.
 
-    Fused kernels for attention and recurrent layers have no FLOP formula in torch 2.13 and would count as zero, so
+    Compiled code is opaque to the counter. Fused kernels for attention and recurrent layers have no FLOP formula in torch 2.13 and would count as zero, so
     their unfused forms run here.
     """
     with ExitStack() as stack:
@@ -51,6 +51,7 @@ def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
             for library in (torch.backends.mkldnn, torch.backends.cudnn):
                 stack.callback(setattr, library, "enabled", library.enabled)
                 setattr(library, "enabled", False)  # noqa: B010, a property of the module: mypy sees a function
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         model.eval()

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
@@ -59,10 +61,10 @@ def curves(metrics_csv: Path, target: Path) -> None:
         _save(figure, target)
 
 
-def confusion_matrix(matrix: Tensor, class_names: Sequence[str], target: Path) -> None:
+def confusion_matrix(matrix: Tensor | NDArray[Any], class_names: Sequence[str], target: Path) -> None:
     """Rows are true classes, columns predicted ones, shape (K, K) of counts; colour is the share of the true class."""
     num_classes = len(class_names)
-    counts_KK = matrix.detach().cpu().double()
+    counts_KK = torch.as_tensor(matrix).detach().cpu().double()
     share_KK = counts_KK / counts_KK.sum(dim=1, keepdim=True).clamp(min=1)
     accuracy = counts_KK.diagonal().sum() / counts_KK.sum().clamp(min=1)
     is_named = num_classes <= MAX_NAMED_CLASSES
@@ -80,9 +82,9 @@ def confusion_matrix(matrix: Tensor, class_names: Sequence[str], target: Path) -
         _save(figure, target)
 
 
-def predicted_vs_true(predicted: Tensor, true: Tensor, target: Path) -> None:
+def predicted_vs_true(predicted: Tensor | NDArray[Any], true: Tensor | NDArray[Any], target: Path) -> None:
     """Scatter of a regression, both shape (N,), in the unit of the target; a perfect model lies on the diagonal."""
-    predicted_N, true_N = predicted.detach().cpu().double().flatten(), true.detach().cpu().double().flatten()
+    predicted_N, true_N = (torch.as_tensor(values).detach().cpu().double().flatten() for values in (predicted, true))
     rmse = (predicted_N - true_N).square().mean().sqrt()
     stride = math.ceil(len(true_N) / MAX_POINTS)
     low = float(min(predicted_N.min(), true_N.min()))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -23,6 +22,9 @@ MARKDOWN_NAME = "report.md"
 TABLE_WIDTH = 80  # a terminal that nobody resized; wider tables are split in two
 MAX_METRICS = 3  # in the table of a multirun, beside the overrides; the rest is in each trial's report
 MISSING = "-"
+DONE = "done"
+
+Trial = tuple[Path, Sequence[str], str]  # run folder, its overrides `key=value`, DONE or why it failed
 
 
 def write(report: Report, folder: Path) -> None:
@@ -71,20 +73,18 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def trials(folders: Sequence[Path]) -> Table:
-    """One row per run folder: the overrides that differ between trials, key metrics, `done` or `failed`.
-
-    A trial is done when its report was written; without one it failed.
-    """
-    overrides = [_overrides(folder) for folder in folders]
+def trials(finished: Sequence[Trial]) -> Table:
+    """One row per trial: the overrides that differ between trials, key metrics of its report, how it ended."""
+    folders = [folder for folder, _, _ in finished]
+    overrides = [dict(word.split("=", 1) for word in words if "=" in word) for _, words, _ in finished]
     reports = [read(folder) if (folder / JSON_NAME).exists() else None for folder in folders]
     changing = [key for key in _keys(overrides) if len({chosen.get(key) for chosen in overrides}) > 1]
-    measured = [done.rows[-1].get("metrics", {}) if done and done.rows else {} for done in reports]
+    measured = [done.rows[0].get("metrics", {}) if done and done.rows else {} for done in reports]
     columns: Columns = {"trial": [folder.name for folder in folders]}
     columns |= {key: [chosen.get(key, MISSING) for chosen in overrides] for key in changing}
     for metric in _keys(measured)[:MAX_METRICS]:
         columns[metric] = [_cell(values.get(metric), number) for values in measured]
-    columns["state"] = ["done" if done else "failed" for done in reports]
+    columns["state"] = [outcome for _, _, outcome in finished]
     return _grid(columns)
 
 
@@ -125,7 +125,6 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("time", duration),
     "samples_per_second": ("samples/s", number),
 }
-STATE_STYLES = {"done": "green", "failed": "bold red"}
 NOT_COSTS = {"name", "runtime", "metrics", "latency_ms"}
 
 Columns = dict[str, list[str]]  # header -> one cell per row; the header of the names is empty
@@ -178,13 +177,6 @@ def _digits(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _overrides(folder: Path) -> dict[str, str]:
-    """`key=value` words of `overrides.yaml`; nothing where a trial died before it wrote them."""
-    file = folder / "overrides.yaml"
-    words = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
-    return {str(word).partition("=")[0]: str(word).partition("=")[2] for word in words or []}
-
-
 def _width(columns: Mapping[str, Sequence[str]]) -> int:
     """Characters of a table of box style SIMPLE_HEAD."""
     return sum(2 + max(map(len, [header, *cells])) for header, cells in columns.items()) + len(columns) + 1
@@ -193,10 +185,10 @@ def _width(columns: Mapping[str, Sequence[str]]) -> int:
 def _grid(columns: Mapping[str, Sequence[str]]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header, cells in columns.items():
-        is_numeric = all(cell == MISSING or cell[:1].isdigit() or cell[:1] == "-" for cell in cells) and header != ""
+        is_numeric = header != "" and all(cell == MISSING or cell.lstrip("-")[:1].isdigit() for cell in cells)
         grid.add_column(header, justify="right" if is_numeric else "left", style="bold" if header == "" else "")
     for cells in zip(*columns.values(), strict=True):
-        grid.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
+        grid.add_row(*(Text(cell) for cell in cells))
     return grid
 
 

@@ -1,0 +1,132 @@
+"""`metrics.csv`: one row per step that logged anything, in plain text, still right after a crash and a resume.
+
+Lightning's CSVLogger deletes the earlier rows when a run resumes, and writes one row per call.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+NAME = "metrics.csv"
+Row = dict[str, str]
+
+
+class CsvLog(Logger):
+    """Appends to `<folder>/metrics.csv`; metrics of the same step share a row.
+
+    Rows of an earlier process stay, up to the step at which this one first logs: what lies beyond was trained after
+    the checkpoint that this run resumed from, and will be logged again.
+    """
+
+    def __init__(self, folder: Path, run_name: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self.run_name = run_name
+        self.file = folder / NAME
+        self.columns = ["step"]
+        self.rows: dict[int, Row] = {}  # by step, sorted
+        self.is_open = False
+        self.settled = 0  # rows on disk that need no rewriting; 0: write the whole file
+        self.settled_bytes = 0
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep the metrics for the row of `step`; the next `save` writes them."""
+        at = step if step is not None else next(reversed(self.rows), 0)
+        if not self.is_open:
+            self._open(at)
+        last = next(reversed(self.rows), at)
+        row = self.rows.setdefault(at, {"step": str(at)})
+        if at < last:  # Lightning counts validation one step behind its epoch
+            self.rows = dict(sorted(self.rows.items()))
+            self.settled = 0
+        for name, value in metrics.items():
+            if name not in self.columns:
+                self.columns.append(name)
+                self.settled = 0
+            if name != "epoch" or name not in row:  # a test after training counts one epoch more at the same step
+                row[name] = _text(value)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder holds `config.yaml`."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Bring the file up to date: append what is new, or rewrite it where a column was added."""
+        if not self.is_open:
+            return
+        if self.settled == 0:
+            self._rewrite()
+            return
+        rows = list(self.rows.values())
+        with self.file.open("r+b") as file:
+            file.truncate(self.settled_bytes)
+            file.seek(self.settled_bytes)
+            for row in rows[self.settled : -1]:
+                file.write(self._line(row))
+            self._settle(len(rows) - 1, file.tell())
+            file.write(self._line(rows[-1]))
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """A checkpoint at step s promises that the rows up to s are on disk."""
+        self.save()
+
+    def _open(self, step: int) -> None:
+        """Take over the rows that an earlier process left, up to `step`."""
+        self.is_open = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.file.exists():
+            return
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
+        reader = csv.DictReader(whole)
+        self.columns = list(reader.fieldnames or self.columns)
+        for row in reader:
+            if int(row["step"]) <= step:
+                self.rows[int(row["step"])] = {name: text for name, text in row.items() if text}
+
+    def _rewrite(self) -> None:
+        """The whole file, through a draft, so that a crash leaves the old one or the new one."""
+        *earlier, last = (self._line(row) for row in self.rows.values())
+        content = self._line({name: name for name in self.columns}) + b"".join(earlier)
+        draft = self.file.with_name(f".{NAME}.{os.getpid()}.tmp")
+        draft.write_bytes(content + last)
+        draft.replace(self.file)
+        self._settle(len(earlier), len(content))
+
+    def _settle(self, rows: int, size: int) -> None:
+        self.settled, self.settled_bytes = rows, size
+
+    def _line(self, row: Row) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self.columns])
+        return text.getvalue().encode()
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return self.run_name
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.folder)
+
+
+def _text(value: Any) -> str:
+    """Enough digits to read the same number back."""
+    return repr(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,127 @@
+"""Exponential moving average of the weights: measured and kept, while training goes on with the raw ones.
+
+Polyak and Juditsky 1992 (doi.org/10.1137/0330046); the decay that grows with the step is the one of TensorFlow's
+ExponentialMovingAverage. Lightning's own WeightAveraging waits for the device once a step, copies the whole learner
+with its metrics, and also averages masks and counters, which are not numbers between which one may average.
+"""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from espalier.errors import ConfigError
+from espalier.ranges import Count, Rate
+
+
+def decay_at(step: int, decay: float) -> float:
+    """`decay`, but less in the first steps, so that the average forgets the random start: (1 + step) / (10 + step)."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update(average: list[Tensor], current: list[Tensor], decay: float) -> None:
+    """In place `average = decay * average + (1 - decay) * current`, all tensors at once."""
+    torch._foreach_lerp_(average, current, 1 - decay)
+
+
+def averaged_names(module: nn.Module) -> list[str]:
+    """Parameters and batch-norm statistics in the state dict; every other buffer keeps its present value."""
+    stored = module.state_dict().keys()
+    statistics = [
+        f"{path}.{name}" if path else name
+        for path, child in module.named_modules()
+        if isinstance(child, _BatchNorm)
+        for name in ("running_mean", "running_var")
+    ]
+    parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]  # tied: both names
+    return [name for name in parameters + statistics if name in stored]
+
+
+class EMA(L.Callback):
+    """Validation, test and every checkpoint's `state_dict` use averaged weights; resuming goes on from the raw ones.
+
+    The learner holds the raw weights while it trains, the average while it is validated and after training.
+    """
+
+    def __init__(self, decay: Rate, every_n_steps: Count) -> None:
+        self.decay = decay
+        self.every_n_steps = every_n_steps
+        self.step = 0  # optimizer step of the last update
+        self.shows_average = False  # whether the learner holds the average, and `other` the raw weights
+        self.names: list[str] = []
+        self.held: list[Tensor] = []  # the learner's own tensors
+        self.other: list[Tensor] = []  # whichever of raw and averaged weights the learner does not hold
+        self.restored: dict[str, Tensor] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ConfigError("callbacks.ema: needs whole weights on each device; use strategy=ddp, or drop ema")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        state = pl_module.state_dict()
+        self.names = averaged_names(pl_module)
+        self.held = [state[name] for name in self.names]
+        averages = self.restored or state
+        self.other = [averages[name].to(state[name].device, copy=True) for name in self.names]
+        if not self.restored:
+            self.step = trainer.global_step
+        self.restored = {}
+        self.shows_average = False
+        self._catch_up(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._catch_up(trainer.global_step)
+
+    def _catch_up(self, step: int) -> None:
+        """Update once per optimizer step, also where a checkpoint was written between the step and its update."""
+        if step > self.step and step % self.every_n_steps == 0:
+            update(self.other, self.held, decay_at(step, self.decay))
+        self.step = step
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._show(average=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._show(average=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._show(average=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.held, self.other = [], []  # the learner keeps the average; the raw weights are done with
+
+    @torch.no_grad()
+    def _show(self, *, average: bool) -> None:
+        if self.held and average != self.shows_average:
+            before = [tensor.clone() for tensor in self.held]
+            torch._foreach_copy_(self.held, self.other)
+            torch._foreach_copy_(self.other, before)
+            self.shows_average = average
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Plain names for the average; the raw weights lie beside them under `ema`."""
+        if not self.held:
+            return
+        state = checkpoint["state_dict"]
+        held = {name: state[name] for name in self.names}
+        other = dict(zip(self.names, self.other, strict=True))
+        average, raw = (held, other) if self.shows_average else (other, held)
+        checkpoint["state_dict"] = {**state, **average}
+        checkpoint["ema"] = {"raw": raw, "step": self.step}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Resuming only: take the average that Lightning has just loaded into the learner, put the raw weights back."""
+        if trainer.state.fn != TrainerFn.FITTING or "ema" not in checkpoint:
+            return
+        raw = checkpoint["ema"]["raw"]
+        self.restored = {name: checkpoint["state_dict"][name].clone() for name in raw}
+        self.step = checkpoint["ema"]["step"]
+        pl_module.load_state_dict({**pl_module.state_dict(), **raw})

@@ -1,0 +1,42 @@
+"""MLflow, by default into a database of the run folder: `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db`."""
+
+import logging
+import os
+from pathlib import Path
+
+from lightning.pytorch.loggers import MLFlowLogger
+
+from espalier.errors import require
+
+RUN_ID_NAME = "mlflow_run_id"
+
+
+class MlflowLog(MLFlowLogger):
+    """Lightning's logger, bound to a run folder; a resumed run is the same MLflow run.
+
+    `MLFLOW_TRACKING_URI` names a server in place of the database.
+
+    Raises:
+        ConfigError: mlflow is not installed.
+    """
+
+    def __init__(self, folder: Path, run_name: str, experiment: str) -> None:
+        require("mlflow", "track")
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it reports each step of creating the database
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / RUN_ID_NAME
+        super().__init__(
+            experiment_name=experiment,
+            run_name=run_name,
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}",
+            artifact_location=str(folder.resolve() / "mlflow"),
+            run_id=id_file.read_text(encoding="utf-8") if id_file.exists() else None,
+        )
+        self.id_file = id_file
+
+    @property
+    def experiment(self) -> object:
+        client = super().experiment
+        if self._run_id is not None and not self.id_file.exists():
+            self.id_file.write_text(self._run_id, encoding="utf-8")
+        return client

@@ -1,0 +1,156 @@
+"""What the terminal shows while a run goes on: a line per finished epoch and, on a real terminal, a live bar.
+
+The bar follows the clock, not the step: between two redraws a step costs two Python calls and waits for no device.
+"""
+
+from time import monotonic
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from espalier.measure.report import duration
+from espalier.ranges import Positive
+
+MAX_METRICS = 5  # on the line of an epoch; metrics.csv has all of them
+
+
+class Progress(L.Callback):
+    """Shown by the first rank alone. Into a file or a pipe go the epoch lines without the bar.
+
+    It reads `learner.last_loss`, a scalar on the device, and only when it redraws.
+    """
+
+    def __init__(self, refreshes_per_second: Positive) -> None:
+        self.interval = 1 / refreshes_per_second
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.is_shown = True
+        self.bar: RichProgress | None = None  # present while a loop runs on a terminal
+        self.due = 0.0  # when to redraw
+        self.finished_epoch: int | None = None  # its line is printed when its last metrics are in
+        self.epoch_started = self.phase_started = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.is_shown = trainer.is_global_zero
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin_epoch(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._print_epoch(trainer)
+        self._begin_epoch(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.bar is not None and monotonic() >= self.due:
+            self._redraw(batch_idx + 1, getattr(pl_module, "last_loss", None))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.finished_epoch = trainer.current_epoch
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._print_epoch(trainer)
+        self._close()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin_phase("validation", sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.bar is not None and monotonic() >= self.due:
+            self._redraw(batch_idx + 1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._close()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin_phase("test", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.bar is not None and monotonic() >= self.due:
+            self._redraw(batch_idx + 1)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._print_epoch(trainer)
+        self._close()  # or the terminal keeps a hidden cursor
+
+    def _begin_epoch(self, trainer: L.Trainer) -> None:
+        self.epoch_started = monotonic()
+        self._begin_phase(_epoch_name(trainer, trainer.current_epoch), trainer.num_training_batches)
+
+    def _begin_phase(self, name: str, total: float) -> None:
+        if not self.is_shown or not self.console.is_terminal:
+            return
+        if self.bar is None:
+            self.bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+            )
+            self.bar.add_task(name, status="")
+            self.bar.start()
+        self.phase_started = monotonic()
+        [task] = self.bar.task_ids
+        self.bar.reset(task, total=total if total < float("inf") else None, description=name, status="")
+
+    def _redraw(self, done: int, loss: Any = None) -> None:
+        assert self.bar is not None
+        now = monotonic()
+        self.due = now + self.interval
+        status = f"{done / max(now - self.phase_started, 1e-9):.3g} batches/s"
+        if loss is not None:
+            status = f"loss {float(loss):.4g}  {status}"
+        [task] = self.bar.task_ids
+        self.bar.update(task, completed=done, status=status, refresh=True)
+
+    def _print_epoch(self, trainer: L.Trainer) -> None:
+        """The line of the finished epoch; late, because Lightning collects its last metrics after all hooks."""
+        if self.finished_epoch is None or not self.is_shown:
+            return
+        measured = trainer.callback_metrics
+        names = [name for name in measured if name == "train/loss"] + [name for name in measured if name[:4] == "val/"]
+        words = [f"{name} {float(measured[name]):.4g}" for name in names[:MAX_METRICS]]
+        seconds = duration(monotonic() - self.epoch_started)
+        self.console.print("  ".join([_epoch_name(trainer, self.finished_epoch), *words, seconds]))
+        self.finished_epoch = None
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _epoch_name(trainer: L.Trainer, epoch: int) -> str:
+    """`epoch  3/20`, counted from 1."""
+    last = trainer.max_epochs
+    if last is None or last < 0:
+        return f"epoch {epoch + 1}"
+    return f"epoch {epoch + 1:>{len(str(last))}}/{last}"

@@ -1,0 +1,103 @@
+"""The model as a table when a fit starts: parts, output shapes, parameters, multiply-accumulates."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from espalier.measure.cost import FLOPS_PER_MAC, count_params, counting
+from espalier.measure.report import si
+from espalier.ranges import Count
+
+
+@dataclass
+class Part:
+    """One line of the summary."""
+
+    name: str
+    kind: str
+    params: int
+    macs: int = 0
+    output_shape: tuple[int, ...] | None = None  # None: the part is not called as a module
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        shape = "" if self.output_shape is None else " x ".join(map(str, self.output_shape))
+        return (self.name, self.kind, shape, si(self.params), si(self.macs))
+
+
+def parts(model: nn.Module, sample: Tensor, depth: int) -> list[Part]:
+    """The model and its submodules down to `depth` levels, measured on one `sample` (batch 1).
+
+    A submodule without children stands for itself at any level above.
+    """
+    found = {
+        path: Part(path, type(module).__name__, count_params(module))
+        for path, module in model.named_modules()
+        if path.count(".") < depth
+    }
+    handles = []
+    with counting(model) as counter:
+        for path, part in found.items():
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_hook(_note_cost(part, counter)))
+            handles.append(module.register_forward_pre_hook(_note_start(part, counter)))
+        try:
+            model(sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+    for part in found.values():
+        part.macs //= FLOPS_PER_MAC
+    return list(found.values())
+
+
+def _note_start(part: Part, counter: Any) -> Any:
+    def hook(module: nn.Module, inputs: Any) -> None:
+        part.macs -= counter.get_total_flops()
+
+    return hook
+
+
+def _note_cost(part: Part, counter: Any) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        part.macs += counter.get_total_flops()
+        if isinstance(output, Tensor):
+            part.output_shape = tuple(output.shape[1:])
+
+    return hook
+
+
+class Summary(L.Callback):
+    """Prints the parts of `learner.model`, from the first rank, for the shape of `learner.example_input_array`."""
+
+    def __init__(self, depth: Count) -> None:
+        self.depth = depth
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        model, sample = pl_module.model, pl_module.example_input_array
+        assert isinstance(model, nn.Module)
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) or not isinstance(sample, Tensor):
+            Console().print(f"{type(model).__name__}: {si(count_params(model))} parameters")  # one rank cannot run it
+            return
+        device = next((parameter.device for parameter in model.parameters()), sample.device)
+        Console().print(table(parts(model, sample[:1].to(device), self.depth)))
+
+
+def table(lines: list[Part]) -> Table:
+    """One row per part, the whole model last."""
+    whole, *children = lines
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_footer=True)
+    total = ("total", *whole.cells[1:])
+    for header, footer in zip(("part", "type", "output", "params", "MACs"), total, strict=True):
+        grid.add_column(header, footer, justify="right" if header in {"params", "MACs"} else "left")
+    for part in children:
+        grid.add_row(*part.cells)
+    return grid
