@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from espalier import cli
 
-QUICK = ("logger=[csv]", "callbacks.progress.show=false", "callbacks.summary.show=false")
+QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
 
 
 @dataclass
@@ -26,9 +26,7 @@ class Outcome:
     @property
     def run(self) -> Path:
         """The newest run folder."""
-        return max(
-            (report.parent for report in self.folder.glob("logs/*/*/report.json")), key=lambda run: run.stat().st_mtime
-        )
+        return max(self.folder.glob("logs/*/*/report.json"), key=lambda report: report.stat().st_mtime).parent
 
 
 Command = Callable[..., Outcome]

@@ -63,7 +63,7 @@ def test_a_misspelt_verb_offers_the_right_one(espalier: Command):
 def test_all_problems_are_reported_at_once(espalier: Command):
     done = espalier("train", "data.batch_size=0", "optimizer.lr=-1", "trainer.precision=8")
     assert done.code == 2
-    assert [line.split(":")[1].strip().partition("=")[0] for line in done.err.splitlines()] == [
+    assert [line.split(": ")[1].partition("=")[0] for line in done.err.splitlines()] == [
         "data.batch_size",
         "optimizer.lr",
         "trainer.precision",

@@ -1,4 +1,4 @@
-"""What lies in `conf/`: groups, options and the comment each option opens with. Standard library only: help is quick."""
+"""What lies in `conf/`: groups, options, their opening comments. Standard library only, so it is quick."""
 
 from pathlib import Path
 

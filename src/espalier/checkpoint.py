@@ -1,6 +1,7 @@
 """What a checkpoint holds, how it reaches the disk whole, and how it is read back without running any of it.
 
-A checkpoint is Lightning's dictionary plus `espalier: {version, config, spec}`, so nobody retypes overrides. Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it anywhere.
+A checkpoint is Lightning's dictionary plus `espalier: {version, config, spec}`, so nobody retypes overrides.
+Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it anywhere.
 """
 
 import os
@@ -53,8 +54,7 @@ def load(key: str, path: Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise ConfigError(f"{key}={path}: not a readable checkpoint of tensors and plain types ({reason})") from error
+        raise ConfigError(f"{key}={path}: damaged, or not a checkpoint of tensors and plain types alone") from error
     described = isinstance(content, dict) and {"espalier", "state_dict"} <= content.keys()
     if not described or content["espalier"].get("version") != VERSION:
         raise ConfigError(f"{key}={path}: not a checkpoint of this version of espalier; train it with: espalier train")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,11 +86,10 @@ def _compose_and_run() -> int:
         application()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(*config.diagnose(words, error)) from error
-    except EspalierError:
-        if not multirun:
-            raise
     if multirun:
         return _report_trials()
+    if _ended and _ended[-1].error:
+        raise _ended[-1].error
     return 0
 
 
@@ -134,32 +134,60 @@ def _check_trials(words: Sequence[str]) -> None:
         raise ConfigError(*problems)
 
 
-_finished: list[tuple[Path, list[str], str]] = []  # of a multirun in this process: folder, overrides, outcome
+@dataclass(frozen=True)
+class Ended:
+    """A run of this process that is over; `error` says why it failed."""
+
+    folder: Path
+    words: list[str]
+    error: Exception | None
+
+    @property
+    def outcome(self) -> str:
+        return "done" if self.error is None else str(self.error).splitlines()[0]
+
+
+_ended: list[Ended] = []
 
 
 def _job(cfg: "DictConfig") -> float | None:
-    """One run, or one trial of a sweep; returns what a sweep optimises."""
-    from hydra.core.hydra_config import HydraConfig
+    """One run, or one trial of a sweep; returns what a sweep optimises.
 
-    hydra_cfg = HydraConfig.get()
-    folder = Path(hydra_cfg.runtime.output_dir)
-    words = list(hydra_cfg.overrides.task)
+    Errors are kept for `_compose_and_run`, because Hydra would print them in its own way; launchers that run trials in
+    other processes hand them over themselves.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    job = HydraConfig.get()
+    is_trial = job.mode == RunMode.MULTIRUN
+    folder, words = Path(job.runtime.output_dir), list(job.overrides.task)
+    objective: float | None = None
+    error: Exception | None = None
     try:
         from espalier.run import prepare
 
-        run = prepare(cfg, words, folder, task=str(hydra_cfg.runtime.choices.task))
-        objective = run.perform()
-    except EspalierError as error:
-        _discard_if_empty(folder)
-        _finished.append((folder, words, str(error).splitlines()[0]))
-        raise
-    _finished.append((folder, words, "done"))
+        objective = prepare(cfg, words, folder, task=str(job.runtime.choices["task"])).perform()
+    except EspalierError as reason:
+        error = reason
+        if is_trial:
+            print(f"espalier: trial {folder.name}: {reason}", file=sys.stderr)
+        else:
+            _discard_if_empty(folder)
+    except Exception as reason:
+        if not is_trial:
+            raise
+        error = reason
+        traceback.print_exc()
+    if error and "basic_launcher" not in str(job.launcher.get("_target_")):
+        raise error
+    _ended.append(Ended(folder, words, error))
     return objective
 
 
 def _discard_if_empty(folder: Path) -> None:
     """A run that never started leaves no folder behind."""
-    if {path.name for path in folder.iterdir()} <= {"run.log"}:
+    if {path.name for path in folder.iterdir()} <= {"run.log", "config.yaml", "overrides.yaml", "provenance.json"}:
         shutil.rmtree(folder)
 
 
@@ -168,8 +196,8 @@ def _report_trials() -> int:
 
     from espalier.measure import report
 
-    Console().print(report.trials(_finished))
-    return TRIALS_FAILED if any(outcome != "done" for _, _, outcome in _finished) else 0
+    Console().print(report.trials([(trial.folder, trial.words, trial.outcome) for trial in _ended]))
+    return TRIALS_FAILED if any(trial.error for trial in _ended) else 0
 
 
 def _rank() -> int:
@@ -197,10 +225,12 @@ def _help(verb: str, group: str) -> str:
     ]
     top = [f"  {line.replace(': ', '=', 1)}" for line in _top_level_lines()]
     return "\n".join(
-        [f"espalier {task} [GROUP=OPTION] [KEY=VALUE] ...   {catalog.summary('task', task)}", ""]
-        + ["Groups and their options, the default in brackets:", *options, ""]
-        + ["Keys (`--cfg job` prints them all, such as model.width=32):", *top, *knobs, ""]
-        + ["Flags:", FLAGS]
+        (
+            f"espalier {task} [GROUP=OPTION] [KEY=VALUE] ...   {catalog.summary('task', task)}",
+            *("", "Groups and their options, the default in brackets:", *options),
+            *("", "Keys (`--cfg job` prints them all, such as model.width=32):", *top, *knobs),
+            *("", "Flags:", FLAGS),
+        )
     )
 
 

@@ -18,13 +18,13 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
 from espalier import checkpoint, runs, seeding
-from espalier.callbacks.guarded import guarded
+from espalier.callbacks.guarded import Guarded, guarded
+from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
 from espalier.checkpoint import Checkpoint, CheckpointIO
 from espalier.config import check
@@ -101,20 +101,18 @@ class Run:
         return [_build(f"callbacks.{name}", node, **supplied) for name, node in self.cfg.callbacks.items()]
 
     @cached_property
-    def loggers(self) -> list[Logger]:
+    def loggers(self) -> list[Guarded]:
         supplied = {"folder": self.folder, "run_name": self.folder.name}
         return [guarded(partial(_build, f"logger.{name}", node, **supplied)) for name, node in self.cfg.logger.items()]
 
     @cached_property
     def trainer(self) -> L.Trainer:
-        config = OmegaConf.to_container(self.cfg, resolve=True)
-        assert isinstance(config, dict)
         return _build(
             "trainer",
             self.cfg.trainer,
             callbacks=self.callbacks,
             logger=self.loggers,
-            plugins=[CheckpointIO({str(key): value for key, value in config.items()}, self.data.spec)],
+            plugins=[CheckpointIO(self._plain_config(), self.data.spec)],
             default_root_dir=self.folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks),
             enable_progress_bar=False,  # conf/callbacks/progress.yaml and summary.yaml stand for Lightning's own
@@ -123,10 +121,17 @@ class Run:
             use_distributed_sampler=False,  # data/loaders.py shards, and loses or repeats no sample
         )
 
+    def _plain_config(self) -> dict[str, Any]:
+        return OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[return-value]
+
     def perform(self) -> float | None:
         """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint."""
-        instantiate(self.cfg.task, _partial_=True)(self)
-        return self.best_score
+        try:
+            instantiate(self.cfg.task, _partial_=True)(self)
+            return self.best_score
+        finally:
+            for logger in self.loggers:
+                logger.close()
 
     def measure(self, split: Literal["train", "val", "test"], weights: Path | None = None) -> dict[str, float]:
         """Metrics of a whole split, named `split/...`, with the given checkpoint's weights or the present ones."""
@@ -160,8 +165,18 @@ class Run:
             **({"size_bytes": cost.size_bytes(weights)} if weights else {}),
         }
 
+    def speed(self) -> dict[str, float]:
+        """Seconds and throughput of the training so far; empty without the monitor."""
+        for callback in self.callbacks:
+            if isinstance(callback, Monitor):
+                return {"seconds": callback.train_seconds, "samples_per_second": callback.samples_per_second}
+        return {}
+
     def record(self) -> None:
-        """Write down what this run is made of before it starts: config, overrides, provenance."""
+        """Write down what this run is made of: config, overrides, provenance."""
+        _ = self.trainer  # built first: a run that cannot be built leaves nothing behind
+        for logger in self.loggers:
+            logger.log_hyperparams(self._plain_config())
         if not _is_first_rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +207,8 @@ class Run:
             names = self.data.spec.class_names
             figures.confusion_matrix(tables["test/confusion_KK"], names, folder / "confusion.png")
         if "test/pairs_N2" in tables:
-            figures.predicted_vs_true(*tables["test/pairs_N2"].unbind(1), folder / "predictions.png")
+            predicted, true = tables["test/pairs_N2"].unbind(1)
+            figures.predicted_vs_true(predicted, true, folder / "predictions.png")
 
     def say(self, line: str) -> None:
         """One line for the user, from the first rank alone."""
@@ -201,7 +217,7 @@ class Run:
 
 
 def _is_first_rank() -> bool:
-    return rank_zero_only.rank in (None, 0)
+    return getattr(rank_zero_only, "rank", None) in (None, 0)
 
 
 def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> Run:

@@ -41,6 +41,7 @@ class DataModule(L.LightningDataModule):
         self.seed = seed
         self.augment = augment
         self.num_workers = num_workers
+        self.tested_split: Split = "test"  # what `Trainer.test` sees; evaluation may point it at another
 
     @abstractmethod
     def load(self) -> Splits:
@@ -62,7 +63,7 @@ class DataModule(L.LightningDataModule):
         return self.loader("val")
 
     def test_dataloader(self) -> Loader:
-        return self.loader("test")
+        return self.loader(self.tested_split)
 
     def loader(self, split: Split, batch_size: int | None = None) -> Loader:
         """Any split as evaluation sees it: every sample once, in order, not augmented."""

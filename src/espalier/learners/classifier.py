@@ -67,7 +67,7 @@ class Classifier(Learner):
         return torch.stack((loss * samples, num_correct.to(loss.dtype), samples))
 
     def new_metrics(self, split: Split) -> MetricCollection:
-        metrics: dict[str, Metric] = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "loss": CrossEntropy(),
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
             "f1": MulticlassF1Score(self.num_classes, average="macro", validate_args=False),

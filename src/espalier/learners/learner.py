@@ -28,6 +28,7 @@ class Learner(L.LightningModule):
     """
 
     monitor: ClassVar[str]  # the validation metric that decides which checkpoint is best
+    train_sums: Tensor
     mode: ClassVar[Literal["min", "max"]]
     train_statistics: ClassVar[tuple[str, ...]]  # names of the sums, each over the samples of an epoch
 
@@ -92,7 +93,7 @@ class Learner(L.LightningModule):
                 fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer_factory, self.model)
         total_steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_scheduler(self.scheduler_factory, optimizer, total_steps, self.monitor, self.mode)
@@ -111,7 +112,7 @@ class Learner(L.LightningModule):
         loss = self.loss(output, y)
         self.last_loss = loss.detach()
         with torch.no_grad():
-            self.train_sums += self.sums(output, y, self.last_loss)
+            self.train_sums.add_(self.sums(output, y, self.last_loss))
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -139,7 +140,10 @@ class Learner(L.LightningModule):
 
     def _measure(self, split: Split, batch: Batch) -> None:
         if len(batch.y):  # the last batch of a rank may be empty
-            self.metrics[split].update(self.predict(self.forward(batch.x).float()), batch.y)  # type: ignore[operator]
+            self._metrics(split).update(self.predict(self.forward(batch.x).float()), batch.y)
+
+    def _metrics(self, split: Split) -> MetricCollection:
+        return self.metrics[split]  # type: ignore[return-value]
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -148,8 +152,8 @@ class Learner(L.LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, split: Split) -> None:
-        metrics = self.metrics[split]
-        values = metrics.compute()  # type: ignore[operator]
-        metrics.reset()  # type: ignore[operator]
+        metrics = self._metrics(split)
+        values = metrics.compute()
+        metrics.reset()
         self.measured[split] = values
         self.log_dict({name: value for name, value in values.items() if value.ndim == 0})

@@ -1,5 +1,6 @@
 """Regression of one number per sample. Letters: B batch."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 from espalier.learners.learner import Learner, Split
 from espalier.spec import DataSpec
 
-LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
 class Pairs(Metric):
@@ -63,7 +64,7 @@ class Regressor(Learner):
         return output.squeeze(1) * self.spec.target_std + self.spec.target_mean
 
     def new_metrics(self, split: Split) -> MetricCollection:
-        metrics: dict[str, Metric] = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "rmse": MeanSquaredError(squared=False),
             "mae": MeanAbsoluteError(),
             "r2": R2Score(),

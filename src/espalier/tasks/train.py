@@ -14,4 +14,4 @@ def train(run: Run) -> Report:
     best = run.best_checkpoint
     metrics = run.measure("test", best)
     notes = [] if best is None else [f"measured on {best.name}, which had {run.learner.monitor} {run.best_score:.4f}"]
-    return run.publish(run.cost(best) | {"metrics": metrics}, *notes)
+    return run.publish(run.cost(best) | run.speed() | {"metrics": metrics}, *notes)
