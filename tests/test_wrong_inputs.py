@@ -22,7 +22,7 @@ WRONG = {
     "wrong type, signature": (["data.batch_size=many"], "data.batch_size=many", "integer"),
     "wrong type, Lightning's signature": (["trainer.max_epochs=ten"], "trainer.max_epochs=ten", "integer"),
     "batch size 0": (["data.batch_size=0"], "data.batch_size=0", "greater than or equal to 1"),
-    "batch size beyond the data": (["data.batch_size=5000"], "data.batch_size=5000", "1149"),
+    "batch size beyond the data": (["data.batch_size=5000"], "data.batch_size=5000", "1151"),
     "negative learning rate": (["optimizer.lr=-0.1"], "optimizer.lr=-0.1", "greater than 0"),
     "share above 1": (["scheduler.warmup=1.5"], "scheduler.warmup=1.5", "less than or equal to 1"),
     "rate of 1.5": (["callbacks=[default,ema]", "callbacks.ema.decay=1.5"], "callbacks.ema.decay=1.5", "less than"),

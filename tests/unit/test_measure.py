@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import subprocess
@@ -53,7 +54,7 @@ def sample_report() -> Report:
 
 
 def shown(renderable: object, width: int = 80) -> str:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 

@@ -116,10 +116,10 @@ class Progress(L.Callback):
                 transient=True,
             )
             self.bar.add_task(name, status="")
-            self.bar.start()
         self.phase_started = monotonic()
         [task] = self.bar.task_ids
         self.bar.reset(task, total=total if total < float("inf") else None, description=name, status="")
+        self.bar.start()  # nothing where it runs already
 
     def _redraw(self, done: int, loss: Any = None) -> None:
         assert self.bar is not None
