@@ -3,6 +3,7 @@
 Letters: B batch, K classes.
 """
 
+import math
 from abc import abstractmethod
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from espalier.data.loaders import Batch
+from espalier.errors import ConfigError
 from espalier.optim.build import build_optimizer, build_scheduler
 from espalier.seeding import seed_step
 from espalier.spec import DataSpec
@@ -56,6 +58,12 @@ class Learner(L.LightningModule):
         self.last_loss: Tensor | None = None
         self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":  # set forty times a step by Lightning; Module would search its parameters for it
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     @abstractmethod
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Mean over the batch, scalar."""
@@ -95,8 +103,10 @@ class Learner(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer_factory, self.model)
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = build_scheduler(self.scheduler_factory, optimizer, total_steps, self.monitor, self.mode)
+        total_steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total_steps):
+            raise ConfigError("trainer.max_epochs=-1: a schedule needs an end; set trainer.max_steps as well")
+        schedule = build_scheduler(self.scheduler_factory, optimizer, int(total_steps), self.monitor, self.mode)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_train_start(self) -> None:
