@@ -14,6 +14,7 @@ from torch import Tensor, nn
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "mish", "hard_swish", "tanh"]
 Norm = Literal["batch", "group", "layer", "instance", "none"]
 FeatureNorm = Literal["batch", "layer", "rms", "none"]
+Stem = Literal["cifar", "imagenet"]
 
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -25,6 +26,7 @@ ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
     "hard_swish": nn.Hardswish,
     "tanh": nn.Tanh,
 }
+STEM_STRIDE: dict[Stem, int] = {"cifar": 1, "imagenet": 4}
 MAX_GROUPS = 32  # Wu and He 2018, arXiv 1803.08494
 MIN_GROUP_CHANNELS = 4  # narrow networks: with one channel per group it would be instance normalisation
 HEAD_STD = 0.01  # Goyal et al. 2017, arXiv 1706.02677, section 5.1
@@ -97,6 +99,13 @@ class ConvNormAct(ConvNorm):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel, stride, norm)
         self.add_module("act", make_activation(activation))
+
+
+def conv_stem(stem: Stem, in_channels: int, width: int, norm: Norm, activation: Activation) -> nn.Sequential:
+    """The first convolution: 3x3 for small images; 7x7 and max pooling, a quarter of the resolution, for large ones."""
+    if stem == "cifar":
+        return sequence(conv=ConvNormAct(in_channels, width, 3, 1, norm, activation))
+    return sequence(conv=ConvNormAct(in_channels, width, 7, 2, norm, activation), pool=nn.MaxPool2d(3, 2, padding=1))
 
 
 class Residual(nn.Module):

@@ -5,17 +5,19 @@ Letters: B batch, C channels, H height, W width, K outputs.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from espalier.models.blocks import (
+    STEM_STRIDE,
     Activation,
-    ConvNormAct,
     Norm,
+    Stem,
     average_pool,
+    conv_stem,
     initialise,
     make_activation,
     make_dropout,
@@ -25,11 +27,9 @@ from espalier.models.blocks import (
 )
 from espalier.ranges import Count, Rate
 
-Stem = Literal["cifar", "imagenet"]
 KeptShare = Annotated[float, Gt(0), Le(1)]
 
 BOTTLENECK = 4  # channels of the 1x1 convolution per channel of growth, section 3
-STEM_STRIDE: dict[Stem, int] = {"cifar": 1, "imagenet": 4}
 FOUR_BLOCKS = {121: [6, 12, 24, 16], 161: [6, 12, 36, 24], 169: [6, 12, 32, 32], 201: [6, 12, 48, 32]}  # table 1
 
 
@@ -131,7 +131,7 @@ def dense_stem(stem: Stem, in_channels: int, channels: int, norm: Norm, activati
     """A bare 3x3 convolution for small images; 7x7, norm, activation and max pooling for large ones."""
     if stem == "cifar":
         return sequence(conv=nn.Conv2d(in_channels, channels, 3, padding=1, bias=norm == "none"))
-    return sequence(conv=ConvNormAct(in_channels, channels, 7, 2, norm, activation), pool=nn.MaxPool2d(3, 2, padding=1))
+    return conv_stem(stem, in_channels, channels, norm, activation)
 
 
 def transition(channels: int, fewer: int, norm: Norm, activation: Activation) -> nn.Sequential:

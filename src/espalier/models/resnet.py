@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from espalier.models.blocks import (
+    STEM_STRIDE,
     Activation,
     ConvNorm,
     ConvNormAct,
     Norm,
     Residual,
+    Stem,
     average_pool,
+    conv_stem,
     initialise,
     make_activation,
     make_dropout,
@@ -28,11 +31,9 @@ from espalier.models.blocks import (
 )
 from espalier.ranges import Count, Rate
 
-Stem = Literal["cifar", "imagenet"]
 Block = Literal["basic", "bottleneck"]
 
 EXPANSION: dict[Block, int] = {"basic": 1, "bottleneck": 4}  # channels out of a block per channel inside
-STEM_STRIDE: dict[Stem, int] = {"cifar": 1, "imagenet": 4}
 FOUR_STAGES: dict[int, tuple[Block, list[int]]] = {  # table 1
     18: ("basic", [2, 2, 2, 2]),
     34: ("basic", [3, 4, 6, 3]),
@@ -118,13 +119,6 @@ def plan(depth: int | Sequence[int], stem: Stem, block: Block | None) -> tuple[B
             f"use {small}{large}, or list the blocks of each stage, such as model.depth=[3,3,3]"
         )
     return fitting[0]
-
-
-def conv_stem(stem: Stem, in_channels: int, width: int, norm: Norm, activation: Activation) -> nn.Sequential:
-    """The first convolution: 3x3 for small images; 7x7 and max pooling, a quarter of the resolution, for large ones."""
-    if stem == "cifar":
-        return sequence(conv=ConvNormAct(in_channels, width, 3, 1, norm, activation))
-    return sequence(conv=ConvNormAct(in_channels, width, 7, 2, norm, activation), pool=nn.MaxPool2d(3, 2, padding=1))
 
 
 def residual_block(
