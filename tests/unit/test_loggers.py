@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from espalier import errors
 from espalier.callbacks import wandb_log
@@ -34,19 +35,19 @@ class Net(L.LightningModule):
         torch.manual_seed(0)
         self.model = nn.Linear(2, 1)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.model(batch).square().mean()
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(batch[0]).square().mean()
         self.log("train/loss", loss, on_step=True, on_epoch=False)
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val/loss", self.model(batch).square().mean(), batch_size=len(batch))
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.model(batch[0]).square().mean(), batch_size=len(batch[0]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-BATCHES = [torch.ones(4, 2)] * 4
+BATCHES = DataLoader(TensorDataset(torch.ones(16, 2)), batch_size=4)
 
 
 def trainer(folder: Path, loggers: list[Logger], max_epochs: int = 3, *callbacks: L.Callback) -> L.Trainer:
@@ -278,7 +279,7 @@ def test_a_run_folder_always_has_the_same_wandb_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("environment", "mode"),
-    [({}, "offline"), ({"WANDB_API_KEY": "k"}, "online"), ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, None)],
+    [({}, "offline"), ({"WANDB_API_KEY": "k"}, "online"), ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline")],
 )
 def test_wandb_is_offline_unless_a_key_is_set(monkeypatch, offline, environment, mode):
     for name, value in environment.items():

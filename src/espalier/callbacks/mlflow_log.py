@@ -9,12 +9,14 @@ from lightning.pytorch.loggers import MLFlowLogger
 from espalier.errors import require
 
 RUN_ID_NAME = "mlflow_run_id"
+CHATTER = ("alembic", "mlflow.store.db.utils", "lightning.pytorch.loggers.mlflow")  # while the database is created
 
 
 class MlflowLog(MLFlowLogger):
     """Lightning's logger, bound to a run folder; a resumed run is the same MLflow run.
 
-    `MLFLOW_TRACKING_URI` names a server in place of the database.
+    `MLFLOW_TRACKING_URI` names a server in place of the database, which takes about four seconds to create; MLflow 3
+    refuses the faster plain files.
 
     Raises:
         ConfigError: mlflow is not installed.
@@ -22,7 +24,8 @@ class MlflowLog(MLFlowLogger):
 
     def __init__(self, folder: Path, run_name: str, experiment: str) -> None:
         require("mlflow", "track")
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # it reports each step of creating the database
+        for name in CHATTER:
+            logging.getLogger(name).setLevel(logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / RUN_ID_NAME
         super().__init__(

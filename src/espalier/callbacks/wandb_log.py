@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -71,11 +71,9 @@ def log_report(logger: Logger, report: Report) -> None:
         logger.log_report(report)
 
 
-def mode() -> Literal["online", "offline"] | None:
-    """None leaves the choice to `WANDB_MODE`."""
-    if os.environ.get("WANDB_MODE"):
-        return None
-    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+def mode() -> str:
+    """`WANDB_MODE`, else online where there is a key; explicit, as wandb itself reads the variable only once."""
+    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 
 
 def run_id(folder: Path) -> str:

@@ -40,8 +40,8 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
     """Evaluation mode, no gradients, and every operation visible to a FLOP counter; all restored afterwards.
 
-    Compiled code is opaque to the counter. Fused kernels for attention and recurrent layers have no FLOP formula in torch 2.13 and would count as zero, so
-    their unfused forms run here.
+    Compiled code is opaque to the counter. Fused kernels for attention and recurrent layers have no FLOP formula in
+    torch 2.13 and would count as zero, so their unfused forms run here.
     """
     with ExitStack() as stack:
         stack.callback(_restore_training, [(module, module.training) for module in model.modules()])
