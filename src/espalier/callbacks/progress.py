@@ -136,7 +136,8 @@ class Progress(L.Callback):
         if self.finished_epoch is None or not self.is_shown:
             return
         measured = trainer.callback_metrics
-        names = [name for name in measured if name == "train/loss"] + [name for name in measured if name[:4] == "val/"]
+        losses = [name for name in ("train/loss", "val/loss") if name in measured]
+        names = losses + [name for name in measured if name[:4] == "val/" and name not in losses]
         words = [f"{name} {float(measured[name]):.4g}" for name in names[:MAX_METRICS]]
         seconds = duration(monotonic() - self.epoch_started)
         self.console.print("  ".join([_epoch_name(trainer, self.finished_epoch), *words, seconds]))

@@ -82,8 +82,9 @@ def trials(finished: Sequence[Trial]) -> Table:
     measured = [done.rows[0].get("metrics", {}) if done and done.rows else {} for done in reports]
     columns: Columns = {"trial": [folder.name for folder in folders]}
     columns |= {key: [chosen.get(key, MISSING) for chosen in overrides] for key in changing}
-    for metric in _keys(measured)[:MAX_METRICS]:
-        columns[metric] = [_cell(values.get(metric), number) for values in measured]
+    metrics = _keys(measured)[:MAX_METRICS]
+    for metric in metrics:
+        columns[_short(metric, metrics)] = [_cell(values.get(metric), number) for values in measured]
     columns["state"] = [outcome for _, _, outcome in finished]
     return _grid(columns)
 
@@ -133,13 +134,12 @@ Columns = dict[str, list[str]]  # header -> one cell per row; the header of the 
 def _columns(report: Report) -> tuple[Columns, Columns]:
     """The metric columns, headed by the names of the rows, and the cost columns."""
     rows = report.rows
-    splits = {metric.partition("/")[0] for row in rows for metric in row.get("metrics", {})}
     metrics: Columns = {"": [str(row["name"]) for row in rows]}
     if len({row.get("runtime") for row in rows}) > 1:
         metrics["runtime"] = [str(row.get("runtime", MISSING)) for row in rows]
-    for key in _keys(row.get("metrics", {}) for row in rows):
-        header = key.partition("/")[2] if len(splits) == 1 else key
-        metrics[header] = [_cell(row.get("metrics", {}).get(key), number) for row in rows]
+    names = _keys(row.get("metrics", {}) for row in rows)
+    for key in names:
+        metrics[_short(key, names)] = [_cell(row.get("metrics", {}).get(key), number) for row in rows]
     costs: Columns = {}
     for key in [*COSTS, *_keys({key: 0 for key in row if key not in {*COSTS, *NOT_COSTS}} for row in rows)]:
         header, rounded = COSTS.get(key, (key.replace("_", " "), number))
@@ -161,6 +161,12 @@ def _remarks(report: Report) -> list[str]:
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every key once, in order of appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _short(metric: str, metrics: Sequence[str]) -> str:
+    """Without its split where all metrics are of the same one."""
+    same_split = len({name.partition("/")[0] for name in metrics}) == 1
+    return metric.partition("/")[2] or metric if same_split else metric
 
 
 def _cell(value: Any, rounded: Callable[[float], str]) -> str:
