@@ -42,6 +42,8 @@ class DataModule(L.LightningDataModule):
         self.augment = augment
         self.num_workers = num_workers
         self.tested_split: Split = "test"  # what `Trainer.test` sees; evaluation may point it at another
+        self._training: Loader | None = None
+        self._resumed: dict[str, Any] | None = None  # position of the training loader that will be asked for next
 
     @abstractmethod
     def load(self) -> Splits:
@@ -56,8 +58,12 @@ class DataModule(L.LightningDataModule):
         return self.splits.spec
 
     def train_dataloader(self) -> Loader:
-        """Keyed order, augmented, whole global batches only."""
-        return self._loader("train", self.batch_size, is_training=True)
+        """Keyed order, augmented, whole global batches only; behind the batches that a resumed run has done."""
+        self._training = self._loader("train", self.batch_size, is_training=True)
+        if self._resumed:
+            self._training.load_state_dict(self._resumed)
+            self._resumed = None
+        return self._training
 
     def val_dataloader(self) -> Loader:
         return self.loader("val")
@@ -68,6 +74,17 @@ class DataModule(L.LightningDataModule):
     def loader(self, split: Split, batch_size: int | None = None) -> Loader:
         """Any split as evaluation sees it: every sample once, in order, not augmented."""
         return self._loader(split, self.batch_size if batch_size is None else batch_size, is_training=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training split.
+
+        Lightning keeps the states of loaders as well, but has no chance to restore them once a learner has asked for
+        the number of training steps: that builds the loaders before the checkpoint reaches them.
+        """
+        return self._training.state_dict() if self._training else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Nothing to do: loaders build batches on the device, and Lightning's search for tensors takes longer."""
