@@ -70,7 +70,7 @@ class CheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        temporary = target.with_name(f".{target.name}.partial")  # one name: what a kill left is written over
         try:
             with temporary.open("wb") as file:
                 torch.save({**checkpoint, "espalier": self.description}, file)

@@ -31,6 +31,9 @@ FLAGS = """\
   --traceback      show where an error came from
   --help GROUP     the options of one group, a line each
   -sc install=bash print the shell code for tab completion: eval "$(espalier -sc install=bash)\""""
+TAKES_VALUE = frozenset(
+    {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i"}
+)
 TRIALS_FAILED = 3
 
 
@@ -75,9 +78,10 @@ def _compose_and_run() -> int:
 
     from espalier import config
 
-    sys.argv[1:] = _settle_runs(sys.argv[1:])
-    words = [word for word in sys.argv[1:] if not word.startswith("-") and word not in ("job", "all", "hydra")]
-    multirun = bool({"-m", "--multirun"} & set(sys.argv))
+    flags, words = _split_flags(sys.argv[1:])
+    words = _settle_runs(words)
+    sys.argv[1:] = [*flags, *words]  # argparse takes no overrides on both sides of a flag
+    multirun = bool({"-m", "--multirun"} & set(flags))
     if multirun:
         _check_trials(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit 1; we translate and choose the code
@@ -91,6 +95,15 @@ def _compose_and_run() -> int:
     if _ended and _ended[-1].error:
         raise _ended[-1].error
     return 0
+
+
+def _split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides, wherever they stand."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        (flags if word.startswith("-") or before in TAKES_VALUE else overrides).append(word)
+    return flags, overrides
 
 
 def _settle_runs(words: Sequence[str]) -> list[str]:
