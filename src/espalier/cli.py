@@ -34,6 +34,7 @@ FLAGS = """\
 TAKES_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i"}
 )
+NOT_RESULTS = frozenset({"run.log", "config.yaml", "overrides.yaml", "provenance.json"})
 TRIALS_FAILED = 3
 
 
@@ -200,7 +201,7 @@ def _job(cfg: "DictConfig") -> float | None:
 
 def _discard_if_empty(folder: Path) -> None:
     """A run that never started leaves no folder behind."""
-    if {path.name for path in folder.iterdir()} <= {"run.log", "config.yaml", "overrides.yaml", "provenance.json"}:
+    if _rank() == 0 and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
         shutil.rmtree(folder)
 
 

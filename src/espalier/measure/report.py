@@ -143,10 +143,10 @@ def _columns(report: Report) -> tuple[Columns, Columns]:
     costs: Columns = {}
     for key in [*COSTS, *_keys({key: 0 for key in row if key not in {*COSTS, *NOT_COSTS}} for row in rows)]:
         header, rounded = COSTS.get(key, (key.replace("_", " "), number))
-        values = [row.get(key) for row in rows]
-        is_news = key != "nonzero" or values != [row.get("params") for row in rows]
-        if is_news and any(value is not None for value in values):
-            costs[header] = [_cell(value, rounded) for value in values]
+        cells = [_cell(row.get(key), rounded) for row in rows]
+        is_news = key != "nonzero" or cells != costs.get("params")
+        if is_news and set(cells) != {MISSING}:
+            costs[header] = cells
     for batch in _keys(row.get("latency_ms", {}) for row in rows):
         quantiles = [row.get("latency_ms", {}).get(batch, {}) for row in rows]
         costs[f"ms, batch {batch}"] = [_cell(quantile.get("p50"), _digits) for quantile in quantiles]
