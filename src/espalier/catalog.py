@@ -9,7 +9,7 @@ CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
 def groups() -> dict[str, list[str]]:
     """Every config group with its options, nested groups by their path (`data/augment`)."""
     found: dict[str, list[str]] = {}
-    for file in sorted(CONF.rglob("*/*.yaml")):
+    for file in sorted(CONF.rglob("*/*.yaml"), key=lambda file: (file.parent, file.stem)):
         found.setdefault(file.parent.relative_to(CONF).as_posix(), []).append(file.stem)
     return found
 

@@ -15,22 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import catalog
+from espalier import catalog, guide
 from espalier.errors import ConfigError, EspalierError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-EXAMPLES = """\
-  espalier train                                   a small residual network on handwritten digits, in a minute
-  espalier train model=cnn data=digits trainer.max_epochs=3 strategy=ddp_cpu
-  espalier evaluate source=latest                  the newest finished run, measured again"""
-FLAGS = """\
-  -m, --multirun   one run per combination of the values in KEY=a,b,c
-  --cfg job        print the composed configuration and stop
-  --traceback      show where an error came from
-  --help GROUP     the options of one group, a line each
-  -sc install=bash print the shell code for tab completion: eval "$(espalier -sc install=bash)\""""
 TAKES_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i"}
 )
@@ -57,7 +47,7 @@ def _dispatch(words: Sequence[str]) -> int:
     if "-sc" in words or "--shell-completion" in words:
         return _complete(tasks)
     if not words or words[0] in ("-h", "--help"):
-        print(_overview(tasks))
+        print(guide.overview(tasks))
         return 0
     verb = words[0]
     if "=" not in verb and not verb.startswith("-"):
@@ -67,7 +57,7 @@ def _dispatch(words: Sequence[str]) -> int:
             raise ConfigError(f"{verb}: no such task{hint}; a task is one of {', '.join(tasks)}")
         sys.argv[1] = f"task={verb}"
     if "--help" in words or "-h" in words:
-        print(_help(verb, words[-1]))
+        print(guide.help_page(verb, words[-1]))
         return 0
     return _compose_and_run()
 
@@ -219,53 +209,16 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def _overview(tasks: Sequence[str]) -> str:
-    lines = [f"  espalier {task:<10} {catalog.summary('task', task)}" for task in tasks]
-    return "\n".join(["Tasks (`espalier TASK --help` for the rest):", *lines, "", "Examples:", EXAMPLES])
-
-
-def _help(verb: str, group: str) -> str:
-    groups = catalog.groups()
-    if group in groups:
-        lines = [f"  {group}={option:<20} {catalog.summary(group, option)}" for option in groups[group]]
-        return "\n".join([f"Options of {group}:", *lines])
-    task = verb.removeprefix("task=")
-    chosen = catalog.defaults()
-    knobs = [f"  task.{line.replace(': ', '=', 1)}" for line in catalog.knobs("task", task)]
-    options = [
-        f"  {name:<13} {', '.join(options)}" + (f"   [{chosen[name]}]" if name in chosen else "")
-        for name, options in groups.items()
-        if name not in ("task", "hydra")
-    ]
-    top = [f"  {line.replace(': ', '=', 1)}" for line in _top_level_lines()]
-    return "\n".join(
-        (
-            f"espalier {task} [GROUP=OPTION] [KEY=VALUE] ...   {catalog.summary('task', task)}",
-            *("", "Groups and their options, the default in brackets:", *options),
-            *("", "Keys (`--cfg job` prints them all, such as model.width=32):", *top, *knobs),
-            *("", "Flags:", FLAGS),
-        )
-    )
-
-
-def _top_level_lines() -> list[str]:
-    lines = (catalog.CONF / "config.yaml").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith((" ", "#", "defaults"))]
-
-
 def _complete(tasks: Sequence[str]) -> int:
-    """Tab completion: ours for the verb, Hydra's for everything after it."""
-    line = os.environ.get("COMP_LINE", "")
-    program, _, rest = line.partition(" ")
-    verb, space, others = rest.partition(" ")
-    if line and not space and "=" not in verb:
-        print(*[task for task in tasks if task.startswith(verb)])
-        return 0
-    if verb in tasks:
-        os.environ["COMP_LINE"] = f"{program} task={verb} {others}"
-    import hydra
+    """Tab completion: Hydra's shell code (`-sc install=bash`), our words (`-sc query=bash`)."""
+    line = os.environ.get("COMP_LINE")
+    if line is None:
+        import hydra
 
-    hydra.main(config_path=str(catalog.CONF), config_name="config", version_base="1.3")(_job)()
+        hydra.main(config_path=str(catalog.CONF), config_name="config", version_base="1.3")(_job)()
+        return 0
+    *typed, word = line.split(" ")[1:]
+    print(*guide.candidates([text for text in typed if text], word, tasks))
     return 0
 
 

@@ -121,7 +121,7 @@ def _explain(text: str, good: Sequence[str], why: Exception) -> str:
         missing = (why.missing_cfg_file or "").removeprefix(f"{key}/")
         hint = nearest(missing, options)
         return f"{key}={missing or override.value()}: no such option{hint}; {key} can be {', '.join(options)}"
-    known = [*groups(), *_keys(_compose(good))]
+    known = [*groups(), *keys(_compose(good))]
     if key not in known:
         return f"{key}: no such key{nearest(key, known)}"
     return f"{text}: {_first_sentence(why)}"
@@ -143,12 +143,13 @@ def nearest(word: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _keys(node: Any, where: str = "") -> Iterator[str]:
+def keys(node: Any, where: str = "") -> Iterator[str]:
+    """Every key of a composed config by its dotted name, parents first."""
     for name in node:
         key = f"{where}{name}"
         yield key
         if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
-            yield from _keys(node[name], f"{key}.")
+            yield from keys(node[name], f"{key}.")
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
