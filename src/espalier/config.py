@@ -225,6 +225,8 @@ def _argument_problems(target: Any, node: Mapping[str, Any], where: str) -> Iter
             continue
         if key in supplied:
             yield f"{where}.{key}={value}: comes from the run itself and cannot be set"
+        elif value == "???":
+            yield f"{where}.{key}: needs a value, there is no default; say {where}.{key}=VALUE"
         elif key not in parameters and not open_ended:
             names = [name for name in parameters if name not in supplied]
             yield f"{where}.{key}: no such key{nearest(key, names)}; {node['_target_']} takes {', '.join(names)}"
