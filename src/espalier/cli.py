@@ -4,6 +4,7 @@ The verb is sugar for `task=TASK` and stays in `sys.argv` in that form, because 
 Torch and Lightning are imported inside `_job`, after the configuration has composed.
 """
 
+import atexit
 import os
 import shutil
 import sys
@@ -105,15 +106,17 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
     for place, word in enumerate(words):
         key, _, value = word.partition("=")
         if key in ("source", "resume") and value not in ("", "null"):
-            path = runs.find(key, value).resolve()
+            path = runs.find(key, value.strip("'\"")).resolve()
             if key == "resume":
                 path = path.parent.parent if path.is_file() else path
-                settled.append(f"hydra.run.dir={path}")
-            settled[place] = f"{key}={path}"
+                settled.append(f"hydra.run.dir='{path}'")
+            settled[place] = f"{key}='{path}'"
     if _rank() > 0:
         settled.append("hydra/job_logging=none")
         if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
-            settled.append(f"hydra.run.dir={tempfile.mkdtemp(prefix='espalier_rank_')}")
+            own = tempfile.mkdtemp(prefix="espalier_rank_")
+            atexit.register(shutil.rmtree, own, ignore_errors=True)
+            settled.append(f"hydra.run.dir={own}")
     return settled
 
 

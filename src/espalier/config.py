@@ -185,9 +185,9 @@ def check(cfg: DictConfig, *, untrusted: bool = False) -> None:
     """Raise `ConfigError` with one line for everything in `cfg` that cannot be built; build nothing.
 
     Every `_target_` must resolve, accept its keys, and get values of the types and ranges its signature states.
-    `untrusted` configs, those that came out of a checkpoint, may name only `TRUSTED_TARGETS`.
+    `untrusted` configs, those that came out of a checkpoint, may name only `TRUSTED_TARGETS` and interpolate nothing.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain = OmegaConf.to_container(cfg, resolve=not untrusted)
     assert isinstance(plain, dict)
     problems = [problem for group, node in plain.items() for problem in _problems(node, str(group), untrusted)]
     if problems:
@@ -198,6 +198,8 @@ def _problems(node: Any, where: str, untrusted: bool) -> Iterator[str]:
     if isinstance(node, list):
         for place, child in enumerate(node):
             yield from _problems(child, f"{where}[{place}]", untrusted)
+    if untrusted and isinstance(node, str) and "${" in node:
+        yield f"{where}={node}: a checkpoint may not interpolate"
     if not isinstance(node, dict):
         return
     for key, child in node.items():
@@ -205,7 +207,7 @@ def _problems(node: Any, where: str, untrusted: bool) -> Iterator[str]:
     if "_target_" not in node:
         return
     if untrusted and not str(node["_target_"]).startswith(TRUSTED_TARGETS):
-        yield f"{where}._target_={node['_target_']}: a checkpoint may not name this target"
+        yield f"{where}._target_={node['_target_']}: not built from a checkpoint; see TRUSTED_TARGETS in config.py"
         return
     try:
         target = locate(str(node["_target_"]))

@@ -19,12 +19,6 @@ class ConfigError(EspalierError):
         super().__init__("\n".join(problems))
 
 
-class NonFiniteError(EspalierError):
-    """The loss became NaN or infinite."""
-
-    exit_code = 4
-
-
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional package.
 

@@ -130,7 +130,7 @@ class Run:
             instantiate(self.cfg.task, _partial_=True)(self)
             return self.best_score
         finally:
-            for logger in self.loggers:
+            for logger in self.__dict__.get("loggers", []):  # those that were built
                 logger.close()
 
     def measure(self, split: Literal["train", "val", "test"], weights: Path | None = None) -> dict[str, float]:
@@ -231,11 +231,13 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
     source = resumed = None
     if cfg.source:
         source = _load("source", cfg.source, EVALUATED)
+        check(OmegaConf.create({group: source.config[group] for group in runs.NETWORK}), untrusted=True)
         cfg = runs.from_source(cfg, source.config, words, may_change=task == "train")
     if cfg.resume:
         resumed = _load("resume", cfg.resume, RESUMED)
+        check(OmegaConf.create(resumed.config), untrusted=True)
         cfg = runs.from_resumed(cfg, resumed.config, words)
-    check(cfg, untrusted=bool(source or resumed))
+    check(cfg)
     _check_devices(cfg.trainer)
     return Run(cfg, words, folder, task, source, resumed)
 
