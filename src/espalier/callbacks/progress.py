@@ -15,8 +15,6 @@ from rich.progress import Progress as RichProgress
 from espalier.measure.report import duration
 from espalier.ranges import Positive
 
-MAX_METRICS = 5  # on the line of an epoch; metrics.csv has all of them
-
 
 class Progress(L.Callback):
     """Shown by the first rank alone. Into a file or a pipe go the epoch lines without the bar.
@@ -136,9 +134,8 @@ class Progress(L.Callback):
         if self.finished_epoch is None or not self.is_shown:
             return
         measured = trainer.callback_metrics
-        losses = [name for name in ("train/loss", "val/loss") if name in measured]
-        names = losses + [name for name in measured if name[:4] == "val/" and name not in losses]
-        words = [f"{name} {float(measured[name]):.4g}" for name in names[:MAX_METRICS]]
+        shown = ("train/loss", "val/loss", getattr(trainer.lightning_module, "monitor", None))
+        words = [f"{name} {float(measured[name]):.4g}" for name in shown if name in measured]
         seconds = duration(monotonic() - self.epoch_started)
         self.console.print("  ".join([_epoch_name(trainer, self.finished_epoch), *words, seconds]))
         self.finished_epoch = None
