@@ -153,7 +153,7 @@ def test_a_sweep_over_ddp_is_refused_with_what_works(espalier: Command):
     done = espalier("train", "-m", "seed=0,1", "strategy=ddp_cpu")
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert "strategy=ddp" in done.err
-    assert "ddp_spawn" in done.err
+    assert "torchrun" in done.err
 
 
 def test_a_misspelt_value_of_a_sweep_stops_it_before_the_first_trial(espalier: Command):

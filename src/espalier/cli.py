@@ -116,7 +116,7 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
         if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
             own = tempfile.mkdtemp(prefix="espalier_rank_")
             atexit.register(shutil.rmtree, own, ignore_errors=True)
-            settled.append(f"hydra.run.dir={own}")
+            settled += [f"hydra.run.dir={own}", f"hydra.sweep.dir={own}"]
     return settled
 
 
@@ -134,8 +134,8 @@ def _check_trials(words: Sequence[str]) -> None:
         launches = trainer.strategy if isinstance(trainer.strategy, str) else "fsdp"
         if launches in ("ddp", "fsdp") and "TORCHELASTIC_RUN_ID" not in os.environ:
             problems[
-                f"strategy={launches}: its child processes would each start the whole sweep again; "
-                "use trainer.strategy=ddp_spawn, or one command per trial"
+                f"strategy={launches}: its child processes would each start the whole sweep again; use one command "
+                "per trial, or start the processes yourself: torchrun --nproc-per-node 2 -m espalier.cli train -m ..."
             ] = None
     if problems:
         raise ConfigError(*problems)
