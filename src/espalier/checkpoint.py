@@ -51,14 +51,18 @@ def load(key: str, path: Path) -> Checkpoint:
     Raises:
         ConfigError: the file is damaged, holds more than tensors and plain types, or was not written by espalier.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{key}={path}: damaged, or not a checkpoint of tensors and plain types alone") from error
+    content = _read(key, path)
     described = isinstance(content, dict) and {"espalier", "state_dict"} <= content.keys()
     if not described or content["espalier"].get("version") != VERSION:
         raise ConfigError(f"{key}={path}: not a checkpoint of this version of espalier; train it with: espalier train")
     return Checkpoint(path, content)
+
+
+def _read(key: str, path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{key}={path}: damaged, or not a checkpoint of tensors and plain types alone") from error
 
 
 class CheckpointIO(TorchCheckpointIO):
@@ -81,7 +85,8 @@ class CheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return dict(load("checkpoint", Path(path)).content)
+        """What `save_checkpoint` wrote; a spawned process hands its bare weights over in this way, too."""
+        return dict(_read("checkpoint", Path(path)))
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
