@@ -17,6 +17,9 @@ WRONG = {
     "misspelt option in a list": (["logger=[csv,wanbd]"], "wanbd", "did you mean wandb?"),
     "misspelt target": (["model._target_=espalier.models.resnet.ResNett"], "model._target_", "ResNet?"),
     "target in a module that does not exist": (["model._target_=nowhere.Net"], "model._target_", "nowhere"),
+    "null for a group": (["logger=null"], "logger=null", "none"),
+    "folder that cannot be written": (["hydra.run.dir=/proc/nowhere"], "hydra.run.dir", "cannot be written"),
+    "misspelt flag": (["--multirn"], "--multirn", "did you mean --multirun?"),
     "word without a value": (["seed"], "seed", "KEY=VALUE"),
     "wrong type, schema": (["seed=zero"], "seed=zero", "Integer"),
     "wrong type, signature": (["data.batch_size=many"], "data.batch_size=many", "integer"),
@@ -82,6 +85,12 @@ def test_a_missing_extra_is_named(espalier: Command, monkeypatch: pytest.MonkeyP
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert "mlflow" in done.err
     assert "[track]" in done.err
+
+
+def test_only_training_resumes(espalier: Command, trained: Path):
+    done = espalier("evaluate", f"resume={trained}")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "source=RUN" in done.err
 
 
 def test_evaluate_needs_a_source(espalier: Command):

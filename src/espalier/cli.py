@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TAKES_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i"}
 )
+FLAGS = TAKES_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version"}
 NOT_RESULTS = frozenset({"run.log", "config.yaml", "overrides.yaml", "provenance.json"})
 TRIALS_FAILED = 3
 
@@ -65,8 +66,6 @@ def _dispatch(words: Sequence[str]) -> int:
 
 def _compose_and_run() -> int:
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from espalier import config
 
@@ -76,12 +75,15 @@ def _compose_and_run() -> int:
     multirun = bool({"-m", "--multirun"} & set(flags))
     if multirun:
         _check_trials(words)
+    _ended.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit 1; we translate and choose the code
     application = hydra.main(config_path=str(catalog.CONF), config_name="config", version_base="1.3")(_job)
     try:
         application()
-    except (HydraException, OmegaConfBaseException) as error:
+    except config.NOT_COMPOSED as error:
         raise ConfigError(*config.diagnose(words, error)) from error
+    except OSError as error:
+        raise ConfigError(f"hydra.run.dir={error.filename}: cannot be written: {error.strerror}") from error
     if multirun:
         return _report_trials()
     if _ended and _ended[-1].error:
@@ -90,10 +92,17 @@ def _compose_and_run() -> int:
 
 
 def _split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags with their values, and overrides, wherever they stand."""
+    """Flags with their values, and overrides, wherever they stand.
+
+    Raises:
+        ConfigError: a flag that neither we nor Hydra have.
+    """
     flags: list[str] = []
     overrides: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") and word.partition("=")[0] not in FLAGS:
+            close = get_close_matches(word, FLAGS, n=1)
+            raise ConfigError(f"{word}: no such flag{f'; did you mean {close[0]}?' if close else ''}")
         (flags if word.startswith("-") or before in TAKES_VALUE else overrides).append(word)
     return flags, overrides
 
@@ -160,8 +169,8 @@ _ended: list[Ended] = []
 def _job(cfg: "DictConfig") -> float | None:
     """One run, or one trial of a sweep; returns what a sweep optimises.
 
-    Errors are kept for `_compose_and_run`, because Hydra would print them in its own way; launchers that run trials in
-    other processes hand them over themselves.
+    Errors are kept for `_compose_and_run`: Hydra would print them in its own way, and what it raises itself is then
+    about composing alone. Launchers that run trials in other processes hand errors over themselves.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -175,17 +184,14 @@ def _job(cfg: "DictConfig") -> float | None:
         from espalier.run import prepare
 
         objective = prepare(cfg, words, folder, task=str(job.runtime.choices["task"])).perform()
-    except EspalierError as reason:
+    except Exception as reason:
         error = reason
-        if is_trial:
+        if not is_trial:
+            _discard_if_empty(folder)
+        elif isinstance(reason, EspalierError):
             print(f"espalier: trial {folder.name}: {reason}", file=sys.stderr)
         else:
-            _discard_if_empty(folder)
-    except Exception as reason:
-        if not is_trial:
-            raise
-        error = reason
-        traceback.print_exc()
+            traceback.print_exc()
     if error and "basic_launcher" not in str(job.launcher.get("_target_")):
         raise error
     _ended.append(Ended(folder, words, error))

@@ -48,6 +48,7 @@ RANGES: dict[str, Any] = {
     "gradient_clip_val": NonNegative | None,
     "patience": Index,
 }
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)  # what composing raises
 KEYWORDS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 # A config that came out of a checkpoint is untrusted: nothing else is ever built from it.
 TRUSTED_TARGETS = (
@@ -89,7 +90,7 @@ def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictC
     """
     try:
         return _compose(overrides, with_hydra)
-    except (HydraException, OmegaConfBaseException) as error:
+    except NOT_COMPOSED as error:
         raise ConfigError(*diagnose(overrides, error)) from error
 
 
@@ -106,7 +107,7 @@ def diagnose(overrides: Sequence[str], error: Exception) -> list[str]:
         try:
             _compose([*good, text])
             good.append(text)
-        except (HydraException, OmegaConfBaseException) as why:
+        except NOT_COMPOSED as why:
             problems.append(_explain(text, good, why))
     return problems or [str(error).splitlines()[0]]
 
@@ -121,6 +122,8 @@ def _explain(text: str, good: Sequence[str], why: Exception) -> str:
         missing = (why.missing_cfg_file or "").removeprefix(f"{key}/")
         hint = nearest(missing, options)
         return f"{key}={missing or override.value()}: no such option{hint}; {key} can be {', '.join(options)}"
+    if key in groups() and override.value() is None:
+        return f"{text}: null is no option; {key} can be {', '.join(groups()[key])}"
     known = [*groups(), *keys(_compose(good))]
     if key not in known:
         return f"{key}: no such key{nearest(key, known)}"

@@ -226,6 +226,8 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
     Raises:
         ConfigError: one line per problem.
     """
+    if cfg.resume and task != "train":
+        raise ConfigError(f"resume={cfg.resume}: only train resumes; {task} takes source=RUN")
     if cfg.source and cfg.resume:
         raise ConfigError(f"source={cfg.source}: a resumed run has its weights already; drop source or resume")
     source = resumed = None
