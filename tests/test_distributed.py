@@ -1,0 +1,149 @@
+"""Several processes train one model: equal weights on all ranks, one run folder, checkpoints that load anywhere."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import QUICK, Command, command
+
+MLP = ("model=mlp", "model.hidden=[32]", "data.batch_size=32", "trainer.max_epochs=2", *QUICK)
+ALONE = tuple(word.replace("batch_size=32", "batch_size=64") for word in MLP)  # the same global batches
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
+
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+
+
+def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def run_in(folder: Path) -> Path:
+    """The only run folder."""
+    [run] = folder.glob("logs/*/*")
+    return run
+
+
+def metrics(run: Path) -> dict[str, float]:
+    return json.loads((run / "report.json").read_text())["rows"][0]["metrics"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """Sums over ranks are rounded in another order, so not bit-equal."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process that sees the same samples in each step as two processes with half the batch size."""
+    folder = tmp_path_factory.mktemp("alone")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert command(["train", *ALONE], folder).code == 0
+    return run_in(folder)
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = launch(folder, *TORCHRUN, "espalier.cli", "train", *MLP, "strategy=ddp_cpu")
+    assert done.returncode == 0, done.stderr
+    return run_in(folder)
+
+
+def test_ddp_ends_with_equal_weights_and_the_numbers_of_one_process(espalier: Command, tmp_path: Path):
+    words = ("model=cnn", "data=digits", "trainer.max_epochs=3", "strategy=ddp_cpu")
+    spy = ("+callbacks.spy._target_=spy.Spy", f"+callbacks.spy.folder={tmp_path}", "logger=[csv]")
+    done = launch(tmp_path, "espalier.cli", "train", *words, *spy)
+    assert done.returncode == 0, done.stderr
+    run = run_in(tmp_path)
+    hashes = [(tmp_path / f"weights_{rank}.txt").read_text() for rank in range(2)]
+    assert hashes[0] == hashes[1]
+    again = espalier("evaluate", f"source={run}", "strategy=cpu", *QUICK, "hydra.run.dir=again")
+    assert again.code == 0, again.err
+    assert metrics(Path("again"))["test/accuracy"] == metrics(run)["test/accuracy"]
+    assert metrics(Path("again")) == pytest.approx(metrics(run), rel=1e-5)
+
+    val = espalier("evaluate", f"source={run}", "task.split=val", "strategy=cpu", *QUICK, "hydra.run.dir=val")
+    assert val.code == 0, val.err
+    with (run / "metrics.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["val/loss"]]
+    best = max(lines, key=lambda line: float(line["val/accuracy"]))  # rank 1 validated half of it
+    assert metrics(Path("val")) == pytest.approx({name: float(best[name]) for name in metrics(Path("val"))}, rel=1e-5)
+
+
+def test_two_processes_train_like_one_with_the_double_batch(torchrun: Path, alone: Path):
+    assert_close(torchrun, alone)
+    assert metrics(torchrun) == pytest.approx(metrics(alone), rel=1e-4)
+
+
+def test_fsdp_trains_alike_and_its_checkpoint_loads_in_one_process(espalier: Command, tmp_path: Path, alone: Path):
+    on_cpu = ("strategy=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
+    done = launch(tmp_path, "espalier.cli", "train", *MLP, *on_cpu)
+    assert done.returncode == 0, done.stderr
+    run = run_in(tmp_path)
+    assert_close(run, alone)
+    again = espalier("evaluate", f"source={run}", *QUICK, "hydra.run.dir=again")
+    assert again.code == 0, again.err
+    assert metrics(Path("again")) == pytest.approx(metrics(run), rel=1e-5)
+
+
+def test_a_sweep_under_torchrun_has_one_folder_and_trains_every_trial(tmp_path: Path, torchrun: Path):
+    done = launch(tmp_path, *TORCHRUN, "espalier.cli", "train", "-m", *MLP, "strategy=ddp_cpu", "seed=0,1")
+    assert done.returncode == 0, done.stderr
+    sweep = run_in(tmp_path)
+    assert metrics(sweep / "0") == metrics(torchrun)
+    assert metrics(sweep / "1") != metrics(torchrun)
+
+
+KILLED = """
+import os, signal
+from espalier import cli
+from espalier.callbacks.monitor import Monitor
+
+whole = Monitor.on_train_batch_end
+
+def on_train_batch_end(self, trainer, learner, outputs, batch, batch_idx):
+    whole(self, trainer, learner, outputs, batch, batch_idx)
+    if trainer.global_rank == 0 and (trainer.current_epoch, batch_idx) == (1, 5):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Monitor.on_train_batch_end = on_train_batch_end
+if __name__ == "__main__":
+    cli.main()
+"""
+
+
+def test_ddp_resumes_bit_equal_after_kill_9(tmp_path: Path, torchrun: Path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = launch(tmp_path, *TORCHRUN, "killed", "train", *MLP, "strategy=ddp_cpu")
+    assert killed.returncode != 0
+    assert f"exitcode  : {-signal.SIGKILL}" in killed.stderr
+    run = run_in(tmp_path)
+    assert not (run / "report.json").exists()
+    done = launch(tmp_path, "espalier.cli", "train", f"resume={run}")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(run), weights(torchrun)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert metrics(run) == metrics(torchrun)
