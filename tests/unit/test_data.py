@@ -1,15 +1,13 @@
 """Data options: splits, statistics, specs, and how options compose."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch import Tensor
 
-from espalier import seeding
+from espalier import config, seeding
+from espalier.catalog import CONF
 from espalier.data.augment import Crop, Flip
 from espalier.data.breast_cancer import BreastCancer
 from espalier.data.diabetes import Diabetes
@@ -21,7 +19,6 @@ from espalier.data.prepare import Prepare
 from espalier.data.splits import statistics, stratified
 from espalier.data.synthetic_images import SyntheticImages
 
-CONF = Path(__file__).parents[2] / "conf"
 SPLITS = ("train", "val", "test")
 
 
@@ -47,8 +44,7 @@ def whole(data: DataModule, split: str) -> tuple[Tensor, Tensor]:
 
 
 def composed(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(overrides=[f"+{word}" if word.startswith("data=") else word for word in overrides]).data
+    return config.compose(overrides).data
 
 
 @pytest.mark.parametrize(
