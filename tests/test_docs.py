@@ -1,0 +1,251 @@
+"""The documentation is true: its commands pass the check, its examples run, its numbers are those of the code."""
+
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from conftest import QUICK, Command
+from espalier import catalog, config, runs
+from espalier.measure import report
+from espalier.run import prepare
+from espalier.spec import Report
+
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")  # epochs are short here
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = next(iter(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]))
+PACKAGE = catalog.__name__.partition(".")[0]
+STARTS = (re.escape(COMMAND), rf"torchrun [^|]*-m {PACKAGE}\.cli", rf"for .*; do {re.escape(COMMAND)}")
+TYPED = re.compile(rf"(?:{'|'.join(STARTS)})(?= |$)(?P<words>[^;|]*)")
+FENCE = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+")
+INLINE = re.compile(r"`([^`\n]+)`")
+NAMED_GROUPS = ("data", "data/augment", "model", "learner", "optimizer", "scheduler", "strategy", "callbacks", "logger")
+FLAGS = {"-m", "--multirun", "--traceback", "--cfg", "job", "-p"}
+
+
+def blocks(page: Path, *kinds: str) -> list[str]:
+    return [found["text"] for found in FENCE.finditer(page.read_text()) if found["kind"] in kinds]
+
+
+def commands_in(page: Path) -> Iterator[str]:
+    """What follows the name of the command: in code blocks of a shell, in indented blocks, between backticks."""
+    prose = FENCE.sub("", page.read_text())
+    indented = [text for text in INDENTED.findall(prose) if "$ " not in text]
+    lines = [line.strip() for text in [*blocks(page, "bash"), *indented] for line in joined(text)]
+    spans = INLINE.findall(INDENTED.sub("", prose))
+    for text in [*lines, *[span for span in spans if "TASK" not in span]]:
+        if found := TYPED.match(text):
+            yield shlex.join(shlex.split(found["words"].replace("$seed", "0"), comments=True))
+
+
+def joined(text: str) -> list[str]:
+    """Its lines, those that end in a backslash together with the next."""
+    return text.replace("\\\n", " ").splitlines()
+
+
+COMMANDS = {words: page.name for page in PAGES for words in commands_in(page)}
+REFUSED = [  # `$ command`, then the lines that it prints
+    (found[1], found[2].splitlines())
+    for page in PAGES
+    for found in re.finditer(
+        rf"^ *\$ {re.escape(COMMAND)} (.*)\n((?: *{PACKAGE}: .*\n)+)", page.read_text(), re.MULTILINE
+    )
+]
+FILES = {  # code blocks that name the file they stand for; a full one in docs/ replaces a sketch in README
+    path: f"{body}\n"
+    for page in PAGES
+    for text in blocks(page, "python", "yaml")
+    for path, _, body in [text.strip().removeprefix("# ").partition("\n")]
+    if path.startswith(("src/", "conf/"))
+}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `conf/` with the YAML and Python files that the documentation tells to add."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(catalog.CONF, folder / "conf")
+    for path, text in FILES.items():
+        file = folder / path
+        assert not file.exists(), f"{path} is part of the project already"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return folder
+
+
+@pytest.fixture
+def extended(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project as if these files had been added to it."""
+    for module in (catalog, config):
+        monkeypatch.setattr(module, "CONF", copy / "conf")
+    for folder in (copy / "src" / PACKAGE).iterdir():
+        package = import_module(f"{PACKAGE}.{folder.name}")
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    return copy
+
+
+@cache
+def options(*words: str) -> DictConfig:
+    """Shared between commands, because Hydra takes a fifth of a second for each."""
+    return config.compose(words)
+
+
+def composed(*words: str) -> DictConfig:
+    """As Hydra does it: options first, then values of keys that exist."""
+    values = [
+        word for word in words if not word.startswith(("+", "~")) and word.partition("=")[0] not in catalog.groups()
+    ]
+    cfg = options(*[word for word in words if word not in values]).copy()
+    for value in config.parse(values):
+        OmegaConf.update(cfg, value.key_or_group, value.value())
+    return cfg
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and the other words."""
+    is_flag = [word in FLAGS or before == "-p" for before, word in zip(["", *words], words, strict=False)]
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for word, yes in zip(words, is_flag, strict=True):
+        parts[yes].append(word)
+    return parts[True], parts[False]
+
+
+@pytest.mark.usefixtures("extended")
+@pytest.mark.parametrize("text", COMMANDS)
+def test_a_documented_command_passes_the_check(text: str):
+    flags, words = split(shlex.split(re.sub(r"seed=0,1,[\d,]+", "seed=0,1", text)))
+    if "--help" in words:
+        assert set(words) - {"--help"} <= {*catalog.groups(), *catalog.groups()["task"]}
+        return
+    if not words:
+        return
+    task, *overrides = words
+    assert task in catalog.groups()["task"]
+    for trial in config.trials(overrides) if "-m" in flags else [overrides]:
+        cfg = composed(f"task={task}", *trial)
+        assert "-p" not in flags or any(name in cfg for name in flags)
+        stored = OmegaConf.to_container(composed("task=train"), resolve=True)
+        if cfg.source:
+            cfg = runs.from_source(cfg, stored, trial, may_change=task == "train")
+        if cfg.resume:
+            cfg = runs.from_resumed(cfg, stored, trial)
+        config.check(cfg)
+
+
+@pytest.mark.parametrize(("text", "printed"), REFUSED)
+def test_a_documented_refusal_prints_these_lines(espalier: Command, text: str, printed: list[str]):
+    done = espalier(*shlex.split(text))
+    assert (done.code, done.err.splitlines()) == (2, [line.strip() for line in printed])
+
+
+def test_the_search_for_commands_and_files_finds_them():
+    assert len(COMMANDS) > 60
+    assert len(set(COMMANDS.values())) >= 8
+    assert any("-m " in words for words in COMMANDS)
+    assert any("source=" in words for words in COMMANDS)
+    assert any("resume=" in words for words in COMMANDS)
+    assert len(REFUSED) >= 3
+    assert len([path for path in FILES if path.endswith(".py")]) == 5
+    assert len([path for path in FILES if path.endswith(".yaml")]) == 6
+
+
+@pytest.mark.usefixtures("extended")
+def test_the_data_set_optimizer_and_schedule_of_the_guides_train(espalier: Command):
+    words = ("data=wine", "optimizer=adagrad", "scheduler=polynomial", "trainer.max_epochs=10", *QUICK)
+    assert espalier("train", *words).code == 0
+    [row] = report.read(max(Path().glob("logs/train/*"))).rows
+    assert row["params"] == 13 * 256 + 256 + 256 * 128 + 128 + 128 * 3 + 3
+    assert row["metrics"]["test/accuracy"] > 0.9
+
+
+@pytest.mark.usefixtures("extended")
+@pytest.mark.parametrize("model", ["linear", "all_conv"])
+def test_the_models_of_the_guide_learn_digits(espalier: Command, model: str):
+    assert espalier("train", f"model={model}", "optimizer.lr=0.02", "trainer.max_epochs=3", *QUICK).code == 0
+    [row] = report.read(max(Path().glob("logs/train/*"))).rows
+    assert row["metrics"]["test/accuracy"] > 0.8
+
+
+@pytest.mark.usefixtures("extended")
+def test_the_task_of_the_guide_reports_what_it_counts(espalier: Command):
+    done = espalier("describe", "model=linear", "task.note=only counted", *QUICK)
+    assert done.code == 0
+    found = report.read(max(Path().glob("logs/describe/*")))
+    assert (found.rows[0]["params"], found.rows[0]["macs"]) == (64 * 10 + 10, 64 * 10)
+    assert found.notes == ["only counted"]
+
+
+def test_every_option_is_named_in_the_docs():
+    spans = {
+        word for page in PAGES for span in INLINE.findall(page.read_text()) for word in re.split(r"[ =\[\],]", span)
+    }
+    options = [(group, option) for group in NAMED_GROUPS for option in catalog.groups()[group] if option != "none"]
+    assert len(options) > 50
+    assert [f"{group}={option}" for group, option in options if option not in spans] == []
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """Cells of the table whose header row starts like this, without backticks."""
+    text = (ROOT / "docs" / page).read_text()
+    table = text[text.index(heading) :].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_learning_rates_in_the_docs_are_those_of_the_options():
+    documented = {name: float(lr) for name, lr, _ in rows_of("training.md", "| option | default `optimizer.lr`")}
+    assert documented.keys() == set(catalog.groups()["optimizer"])
+    for name, lr in documented.items():
+        assert float(yaml.safe_load((catalog.CONF / "optimizer" / f"{name}.yaml").read_text())["lr"]) == lr, name
+
+
+@pytest.mark.parametrize("row", rows_of("models.md", "| option | network"), ids=lambda row: row[0])
+def test_sizes_and_knobs_in_the_docs_are_those_of_the_models(tmp_path: Path, row: list[str]):
+    name, _, params, macs, knobs = row
+    run = prepare(composed(f"model={name}", *QUICK), [], tmp_path, task="train")
+    cost = run.cost(None)
+    assert (report.si(cost["params"]), report.si(cost["macs"])) == (params, macs)
+    assert {knob.strip(" `") for knob in knobs.split(",")} == run.cfg.model.keys() - {
+        *("_target_", "activation", "norm", "dropout")
+    }
+
+
+def test_the_report_in_the_docs_has_the_keys_of_a_real_one(espalier: Command):
+    [text] = blocks(ROOT / "docs" / "command_line.md", "json")
+    documented = json.loads(text)
+    assert espalier("train", "model=mlp", "trainer.max_epochs=1", *QUICK).code == 0
+    real = json.loads(next(Path().glob("logs/train/*/report.json")).read_text())
+    assert list(documented) == list(real)
+    assert Report(**documented).schema == real["schema"]
+    [row], [real_row] = documented["rows"], real["rows"]
+    assert list(row) == list(real_row)
+    assert row["metrics"].keys() == real_row["metrics"].keys()
+    assert (row["params"], row["macs"]) == (real_row["params"], real_row["macs"])
+
+
+def test_every_link_and_script_in_the_docs_exists():
+    links = [(page, target) for page in PAGES for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]
+    relative = [(page, target) for page, target in links if "://" not in target]
+    assert len(relative) >= 15
+    assert [f"{page.name}: {target}" for page, target in relative if not (page.parent / target).exists()] == []
+    paths = {path for page in PAGES for path in re.findall(r"\b(?:scripts|tests|src)/[\w/.]+\w", page.read_text())}
+    assert len(paths) > 10
+    assert [path for path in sorted(paths) if not (ROOT / path).exists() and path not in FILES] == []
+
+
+def test_the_readme_fits_150_lines_and_names_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) < 150
+    assert len(PAGES) >= 9
+    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []
