@@ -59,7 +59,7 @@ def test_each_trial_is_a_wandb_run_of_its_own(espalier: Command, monkeypatch: py
     done = espalier(*WORDS, "seed=0,1", "logger=[csv,wandb]")
     assert done.code == 0, done.err
     ids = [file.stem for run in trials(done.folder).values() for file in run.glob("wandb/offline-run-*/*.wandb")]
-    assert len(ids) == len(set(ids)) == 2
+    assert len(ids) == len(set(ids)) == 2, done.out + done.err
     assert not (done.folder / "wandb").exists()
 
 
