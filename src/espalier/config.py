@@ -193,8 +193,17 @@ def check(cfg: DictConfig, *, untrusted: bool = False) -> None:
     plain = OmegaConf.to_container(cfg, resolve=not untrusted)
     assert isinstance(plain, dict)
     problems = [problem for group, node in plain.items() for problem in _problems(node, str(group), untrusted)]
+    problems += [f"{where}._target_: missing, so there is nothing to build" for where in _without_target(plain)]
     if problems:
         raise ConfigError(*problems)
+
+
+def _without_target(plain: Mapping[Any, Any]) -> Iterator[str]:
+    for group in filter(plain.__contains__, SUPPLIED):
+        parts = {group: plain[group]}
+        if group in ("callbacks", "logger"):
+            parts = {f"{group}.{name}": node for name, node in plain[group].items()}
+        yield from (where for where, node in parts.items() if not isinstance(node, dict) or "_target_" not in node)
 
 
 def _problems(node: Any, where: str, untrusted: bool) -> Iterator[str]:
@@ -216,6 +225,12 @@ def _problems(node: Any, where: str, untrusted: bool) -> Iterator[str]:
         target = locate(str(node["_target_"]))
     except ConfigError as error:
         yield f"{where}._target_={node['_target_']}: {error}"
+        return
+    if not callable(target):
+        yield f"{where}._target_={node['_target_']}: neither a class nor a function, so there is nothing to build"
+        return
+    if untrusted and not f"{target.__module__}.{target.__qualname__}".startswith(TRUSTED_TARGETS):
+        yield f"{where}._target_={node['_target_']}: borrowed from {target.__module__}; not built from a checkpoint"
         return
     yield from _argument_problems(target, node, where)
 
