@@ -1,0 +1,173 @@
+"""What the check of a configuration finds, and what a configuration out of a checkpoint may build."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pytest
+from annotated_types import Ge
+from omegaconf import OmegaConf
+
+from espalier import config, runs
+from espalier.errors import ConfigError
+from espalier.ranges import Count, Positive, Rate
+
+
+def toy(
+    sizes: Sequence[Count], name: Literal["a", "b"], share: Rate | None, scale: Positive, table: Mapping[str, int]
+) -> None:
+    """A target with one argument of each kind."""
+
+
+GOOD = {"sizes": [1, 2], "name": "a", "share": None, "scale": 2, "table": {"x": 1}}
+
+
+def problems(node: Mapping[str, Any], *, untrusted: bool = False) -> list[str]:
+    try:
+        config.check(OmegaConf.create({"toy": {"_target_": f"{__name__}.toy", **node}}), untrusted=untrusted)
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_values_that_fit_the_signature_pass():
+    assert problems(GOOD) == []
+    assert problems({**GOOD, "sizes": [], "name": "b", "share": 0.0, "scale": 1e-9}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"sizes": [1, 0]}, "toy.sizes=[1, 0]: should be greater than or equal to 1"),
+        ({"sizes": 3}, "toy.sizes=3: should be a valid array"),
+        ({"name": "c"}, "toy.name=c: should be 'a' or 'b'"),
+        ({"share": 1.0}, "toy.share=1.0: should be less than 1"),
+        ({"scale": 0}, "toy.scale=0: should be greater than 0"),
+        ({"scale": "2"}, "toy.scale=2: should be a valid number"),
+        ({"scale": True}, "toy.scale=True: should be a valid number"),
+        ({"table": {"x": "y"}}, "toy.table={'x': 'y'}: should be a valid integer"),
+        ({"scale": "???"}, "toy.scale: needs a value, there is no default; say toy.scale=VALUE"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_one_line_with_its_key(change: Mapping[str, Any], line: str):
+    [found] = problems({**GOOD, **change})
+    assert found.startswith(line)
+
+
+def test_all_problems_are_found_at_once():
+    assert len(problems({"sizes": [0], "nmae": "a", "share": 2.0, "scale": -1})) == 3 + 1 + 2  # and two are missing
+
+
+def test_a_key_that_nothing_takes_is_named_with_the_nearest():
+    [unknown, missing] = problems({**{key: value for key, value in GOOD.items() if key != "scale"}, "scael": 1.0})
+    assert unknown.startswith("toy.scael: no such key; did you mean scale?")
+    assert missing.startswith("toy.scale: missing")
+
+
+@pytest.mark.parametrize("group", ["model", "callbacks.x", "logger.x"])
+def test_what_is_to_be_built_needs_a_target(group: str):
+    cfg = OmegaConf.create({})
+    OmegaConf.update(cfg, group, {"width": 3})
+    with pytest.raises(ConfigError, match=rf"^{group}\._target_: missing"):
+        config.check(cfg)
+
+
+@pytest.mark.parametrize("target", ["espalier.models.resnet", "espalier.seeding.GOLDEN"])
+def test_a_target_that_cannot_be_called_is_refused(target: str):
+    with pytest.raises(ConfigError, match="neither a class nor a function"):
+        config.check(OmegaConf.create({"model": {"_target_": target}}))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "pathlib.Path.touch",
+        "espalier.cli.shutil.rmtree",  # a trusted module, but only as a way to another one
+        "espalier.measure.provenance.subprocess.run",
+        "espalier.config.import_module",
+        "torch.optim.lr_scheduler.warnings.warn",
+        "lightning.pytorch.callbacks.model_checkpoint.os.remove",
+    ],
+)
+def test_a_checkpoint_can_name_only_what_was_made_for_it(target: str):
+    with pytest.raises(ConfigError, match=r"^model\._target_=.*checkpoint"):
+        config.check(OmegaConf.create({"model": {"_target_": target}}), untrusted=True)
+
+
+def test_every_option_can_come_out_of_a_checkpoint():
+    config.check(config.compose(["callbacks=[default,ema,early_stopping]", "strategy=fsdp"]), untrusted=True)
+
+
+def test_a_checkpoint_may_not_read_the_environment():
+    node = OmegaConf.create({"model": {"_target_": "espalier.models.mlp.MLP", "hidden": "${oc.env:HOME}"}})
+    with pytest.raises(ConfigError, match="may not interpolate"):
+        config.check(node, untrusted=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("espalier.models.resnet.ResNett", "did you mean espalier.models.resnet.ResNet?"),
+        ("espalier.modles.resnet.ResNet", "did you mean espalier.models?"),
+        ("nowhere.Net", "there is no package nowhere"),
+    ],
+)
+def test_a_name_that_stands_for_nothing_is_answered_with_the_nearest(name: str, expected: str):
+    with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
+        config.locate(name)
+
+
+def test_the_name_of_a_class_or_of_something_inside_it_is_found():
+    assert config.locate("espalier.spec.DataSpec.to_dict").__qualname__ == "DataSpec.to_dict"
+    assert config.locate("annotated_types.Ge") is Ge
+
+
+def test_each_swept_value_is_composed_once():
+    words = ["model=mlp,cnn", "seed=range(0,3)", "trainer.max_epochs=1", "optimizer.betas=[0.9,0.99]"]
+    found = [set(trial) for trial in config.trials(words)]
+    kept = {"trainer.max_epochs=1", "optimizer.betas=[0.9,0.99]"}
+    assert all(kept <= trial for trial in found)
+    assert {word for trial in found for word in trial - kept} == {
+        "model=mlp",
+        "model=cnn",
+        "seed=0",
+        "seed=1",
+        "seed=2",
+    }
+
+
+STORED = config.compose(["model=mlp", "model.hidden=[7]", "data.batch_size=32", "seed=5", "trainer.max_epochs=3"])
+
+
+def test_a_source_brings_its_network_and_data_but_not_its_trainer():
+    now = runs.from_source(config.compose([]), OmegaConf.to_container(STORED), [], may_change=False)
+    assert (now.model.hidden, now.data.batch_size) == ([7], 32)
+    assert (now.seed, now.trainer.max_epochs) == (0, 20)
+
+
+def test_knobs_of_the_data_stay_open_and_the_network_closed():
+    stored = OmegaConf.to_container(STORED)
+    now = runs.from_source(config.compose(["data.batch_size=8"]), stored, ["data.batch_size=8"], may_change=False)
+    assert (now.data.batch_size, now.model.hidden) == (8, [7])
+    with pytest.raises(ConfigError, match=r"^model\.hidden=\[9\]: model comes from source"):
+        runs.from_source(config.compose(["model=mlp"]), stored, ["model.hidden=[9]"], may_change=False)
+
+
+def test_a_warm_start_may_choose_another_data_set_and_keeps_the_model():
+    words = ["data=synthetic_images", "data.num_classes=3"]
+    now = runs.from_source(config.compose(words), OmegaConf.to_container(STORED), words, may_change=True)
+    assert (now.data.num_classes, now.model.hidden) == (3, [7])
+    assert now.data._target_ == "espalier.data.synthetic_images.SyntheticImages"
+
+
+def test_a_resumed_run_keeps_everything_but_what_the_trainer_is_told():
+    words = ["trainer.max_epochs=9", "resume=somewhere"]
+    now = runs.from_resumed(config.compose(words), OmegaConf.to_container(STORED), words)
+    assert (now.trainer.max_epochs, now.model.hidden, now.seed, now.resume) == (9, [7], 5, "somewhere")
+    with pytest.raises(ConfigError, match=r"^seed=6: resume continues"):
+        runs.from_resumed(config.compose(["seed=6"]), OmegaConf.to_container(STORED), ["seed=6"])
+
+
+def test_repeating_what_a_resumed_run_was_configured_with_is_no_error():
+    words = ["model=mlp", "model.hidden=[7]", "seed=5"]
+    assert runs.from_resumed(config.compose(words), OmegaConf.to_container(STORED), words).seed == 5
