@@ -64,7 +64,7 @@ def candidates(typed: Sequence[str], word: str, tasks: Sequence[str]) -> list[st
         return [f"{group}={option}" for option in groups.get(group, []) if option.startswith(start)]
     from espalier import config
 
-    overrides = [text for text in typed if "=" in text]
+    overrides = [text if "=" in text else f"task={text}" for text in typed if "=" in text or text in tasks]
     try:
         composed = config.compose(overrides)
     except ConfigError:  # an earlier word is wrong; the defaults help all the same

@@ -145,6 +145,14 @@ class Run:
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         return Path(best) if best else None
 
+    def save_last(self) -> Path | None:
+        """Save the weights of a training that ended before its first validation; None where nothing is to be saved."""
+        if self.trainer.checkpoint_callback is None:
+            return None
+        last = self.folder / "checkpoints" / RESUMED[0]
+        self.trainer.save_checkpoint(last)
+        return last
+
     @property
     def best_score(self) -> float | None:
         """The monitored metric of the best checkpoint; None where nothing was saved."""

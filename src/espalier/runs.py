@@ -24,9 +24,7 @@ def find(key: str, run: str) -> Path:
         ConfigError: there is none; the message starts with `key`.
     """
     if run == "latest":
-        finished = [
-            report.parent for report in LOGS.glob("*/*/report.json") if (report.parent / "checkpoints").is_dir()
-        ]
+        finished = [report.parent for report in LOGS.rglob("report.json") if (report.parent / "checkpoints").is_dir()]
         if not finished:
             raise ConfigError(f"{key}=latest: no finished run below {LOGS.resolve()}; start one with: espalier train")
         return max(finished, key=lambda folder: (folder / "report.json").stat().st_mtime)

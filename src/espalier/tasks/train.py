@@ -11,7 +11,9 @@ def train(run: Run) -> Report:
     """
     run.record()
     run.trainer.fit(run.learner, run.data, ckpt_path=run.resumed.path if run.resumed else None)
-    best = run.best_checkpoint
-    metrics = run.measure("test", best)
-    notes = [] if best is None else [f"measured on {best.name}, which had {run.learner.monitor} {run.best_score:.4f}"]
-    return run.publish(run.cost(best) | run.speed() | {"metrics": metrics}, *notes)
+    weights = run.best_checkpoint or run.save_last()
+    metrics = run.measure("test", weights)
+    notes = [f"measured on {weights.name}"] if weights else ["no checkpoint was kept: callbacks has none"]
+    if run.best_score is not None:
+        notes = [f"{notes[0]}, which had {run.learner.monitor} {run.best_score:.4f}"]
+    return run.publish(run.cost(weights) | run.speed() | {"metrics": metrics}, *notes)
