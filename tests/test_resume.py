@@ -177,7 +177,7 @@ def test_a_finished_run_can_be_trained_longer_in_its_own_folder(espalier: Comman
 
 
 def test_a_run_that_crashed_before_its_first_checkpoint_says_so(espalier: Command, tmp_path: Path):
-    crashing(tmp_path, 0, 3, *EVERYTHING)
+    crashing(tmp_path, 0, 12, *EVERYTHING)
     done = espalier("train", f"resume={run_in(tmp_path)}")
     assert done.code == 2
     assert "holds no checkpoint (checkpoints/last.ckpt)" in done.err.splitlines()[-1]
