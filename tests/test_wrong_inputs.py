@@ -33,6 +33,7 @@ WRONG = {
     "size that the data decides": (["+model.num_outputs=3"], "model.num_outputs", "cannot be set"),
     "GPU on a machine without": (["strategy=gpu"], "trainer.accelerator=gpu", "no GPU"),
     "more devices than exist": (["trainer.accelerator=cpu", "trainer.devices=999"], "trainer.devices=999", "CPU cores"),
+    "processes that return no measurement": (["strategy=cpu", "trainer.strategy=ddp_spawn"], "ddp_spawn", "ddp_cpu"),
     "sync batch norm on a CPU": (["strategy=cpu", "trainer.sync_batchnorm=true"], "trainer.sync_batchnorm", "GPU"),
     "missing source": (["source=nowhere"], "source=nowhere", "no such run"),
     "missing resume": (["resume=nowhere"], "resume=nowhere", "no such run"),

@@ -283,7 +283,10 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
         reasons = dict.fromkeys(
             str(problem["msg"]) for problem in error.errors() if "instance of" not in problem["msg"]
         )
-        return " or ".join(reasons).lower().replace("input should be", "should be") or "wrong type"
+        return (
+            " or ".join(reasons).lower().replace("input should be", "should be").replace("a valid array", "a list")
+            or "wrong type"
+        )
     return None
 
 

@@ -46,6 +46,7 @@ for not_for_users in (
     warnings.filterwarnings("ignore", not_for_users)
 
 EVALUATED = ("best.ckpt", "last.ckpt")  # what `source=FOLDER` means, in this order
+FORKING = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # Lightning's strategies that return nothing but weights
 RESUMED = ("last.ckpt",)
 
 
@@ -266,7 +267,11 @@ def _load(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
 
 
 def _check_devices(trainer: DictConfig) -> None:
-    """Refuse what this machine does not have, before Lightning starts processes for it."""
+    """Refuse what this machine does not have, and what would lose results, before Lightning starts processes."""
+    if str(trainer.strategy).startswith(FORKING):
+        raise ConfigError(
+            f"trainer.strategy={trainer.strategy}: its processes keep what they measure; use strategy=ddp or ddp_cpu"
+        )
     wants_gpu = trainer.accelerator in ("gpu", "cuda")
     num_gpus = torch.cuda.device_count()
     if wants_gpu and not num_gpus:

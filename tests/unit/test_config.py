@@ -38,7 +38,7 @@ def test_values_that_fit_the_signature_pass():
     ("change", "line"),
     [
         ({"sizes": [1, 0]}, "toy.sizes=[1, 0]: should be greater than or equal to 1"),
-        ({"sizes": 3}, "toy.sizes=3: should be a valid array"),
+        ({"sizes": 3}, "toy.sizes=3: should be a list"),
         ({"name": "c"}, "toy.name=c: should be 'a' or 'b'"),
         ({"share": 1.0}, "toy.share=1.0: should be less than 1"),
         ({"scale": 0}, "toy.scale=0: should be greater than 0"),
