@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import QUICK, Command
-from espalier import catalog, config, runs
+from espalier import catalog, config, runs, targets
 from espalier.measure import report
 from espalier.run import prepare
 from espalier.spec import Report
@@ -141,7 +141,7 @@ def test_a_documented_command_passes_the_check(text: str):
             cfg = runs.from_source(cfg, stored, trial, may_change=task == "train")
         if cfg.resume:
             cfg = runs.from_resumed(cfg, stored, trial)
-        config.check(cfg)
+        targets.check(cfg)
 
 
 @pytest.mark.parametrize(("text", "printed"), REFUSED)

@@ -185,13 +185,15 @@ def _job(cfg: "DictConfig") -> float | None:
         from espalier.run import prepare
 
         objective = prepare(cfg, words, folder, task=str(job.runtime.choices["task"])).perform()
-    except Exception as reason:
+    except EspalierError as reason:
         error = reason
-        if not is_trial:
-            _discard_if_empty(folder)
-        elif isinstance(reason, EspalierError):
+        if is_trial:
             print(f"espalier: trial {folder.name}: {reason}", file=sys.stderr)
         else:
+            _discard_if_empty(folder)
+    except Exception as reason:
+        error = reason
+        if is_trial:
             traceback.print_exc()
     if error and "basic_launcher" not in str(job.launcher.get("_target_")):
         raise error

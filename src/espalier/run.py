@@ -27,12 +27,12 @@ from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
 from espalier.checkpoint import Checkpoint, CheckpointIO
-from espalier.config import check
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError
 from espalier.learners.learner import Learner
 from espalier.measure import cost, figures, provenance, report
 from espalier.spec import Report
+from espalier.targets import check
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -288,7 +288,7 @@ def _check_devices(trainer: DictConfig) -> None:
 
 
 def _build(key: str, node: DictConfig, **supplied: Any) -> Any:
-    """The object that a config node describes, given the arguments of `config.SUPPLIED` that it accepts.
+    """The object that a config node describes, given the arguments of `targets.SUPPLIED` that it accepts.
 
     Raises:
         ConfigError: the object refuses its arguments; the message names `key`.

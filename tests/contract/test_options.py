@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from espalier import catalog, config
+from espalier import catalog, config, targets
 from espalier.data.hub_images import HubImages
 from espalier.errors import ConfigError
 from espalier.run import Run, prepare
@@ -58,12 +58,12 @@ def run_of(folder: Path, cfg: DictConfig) -> Run:
     return prepare(cfg, [], folder, task="train")
 
 
-def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def built_nodes(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(node, dict):
         if "_target_" in node:
             yield where, node
         for key, child in node.items():
-            yield from targets(child, f"{where}.{key}" if where else key)
+            yield from built_nodes(child, f"{where}.{key}" if where else key)
 
 
 def test_no_group_is_left_out_and_none_is_empty():
@@ -88,9 +88,9 @@ def test_it_composes_and_passes_the_check(group: str, option: str):
     cfg = composed(word(group, option)).copy()
     if OmegaConf.is_missing(cfg.data, "path"):
         cfg.data.path = "."
-    config.check(cfg)
-    for where, node in targets(OmegaConf.to_container(cfg, resolve=True)):
-        named, target = node["_target_"], config.locate(node["_target_"])
+    targets.check(cfg)
+    for where, node in built_nodes(OmegaConf.to_container(cfg, resolve=True)):
+        named, target = node["_target_"], targets.locate(node["_target_"])
         module, private, _ = target.__module__.partition("._")  # torch.optim.Adafactor lies in torch.optim._adafactor
         assert named == f"{module}.{target.__qualname__}", f"{where} does not name the module that defines it"
         assert not private or not named.startswith("espalier.")
@@ -98,9 +98,9 @@ def test_it_composes_and_passes_the_check(group: str, option: str):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_no_value_has_a_second_default_in_the_signature(group: str, option: str):
-    for where, node in targets(OmegaConf.to_container(composed(word(group, option)), resolve=True)):
+    for where, node in built_nodes(OmegaConf.to_container(composed(word(group, option)), resolve=True)):
         if node["_target_"].startswith("espalier."):
-            parameters = inspect.signature(config.locate(node["_target_"])).parameters
+            parameters = inspect.signature(targets.locate(node["_target_"])).parameters
             twice = [
                 key for key in node if key in parameters and parameters[key].default is not inspect.Parameter.empty
             ]
@@ -205,7 +205,7 @@ def test_strategies_build_or_say_that_the_machine_lacks_a_gpu(tmp_path: Path, op
 
 @pytest.mark.parametrize("option", options("task"))
 def test_tasks_take_a_run_and_describe_themselves(option: str):
-    task = config.locate(composed(f"task={option}").task._target_)
+    task = targets.locate(composed(f"task={option}").task._target_)
     assert next(iter(inspect.signature(task).parameters)) == "run"
     assert inspect.getdoc(task)
 

@@ -7,7 +7,7 @@ import pytest
 from annotated_types import Ge
 from omegaconf import OmegaConf
 
-from espalier import config, runs
+from espalier import config, runs, targets
 from espalier.errors import ConfigError
 from espalier.ranges import Count, Positive, Rate
 
@@ -23,7 +23,7 @@ GOOD = {"sizes": [1, 2], "name": "a", "share": None, "scale": 2, "table": {"x": 
 
 def problems(node: Mapping[str, Any], *, untrusted: bool = False) -> list[str]:
     try:
-        config.check(OmegaConf.create({"toy": {"_target_": f"{__name__}.toy", **node}}), untrusted=untrusted)
+        targets.check(OmegaConf.create({"toy": {"_target_": f"{__name__}.toy", **node}}), untrusted=untrusted)
     except ConfigError as error:
         return str(error).splitlines()
     return []
@@ -68,13 +68,13 @@ def test_what_is_to_be_built_needs_a_target(group: str):
     cfg = OmegaConf.create({})
     OmegaConf.update(cfg, group, {"width": 3})
     with pytest.raises(ConfigError, match=rf"^{group}\._target_: missing"):
-        config.check(cfg)
+        targets.check(cfg)
 
 
 @pytest.mark.parametrize("target", ["espalier.models.resnet", "espalier.seeding.GOLDEN"])
 def test_a_target_that_cannot_be_called_is_refused(target: str):
     with pytest.raises(ConfigError, match="neither a class nor a function"):
-        config.check(OmegaConf.create({"model": {"_target_": target}}))
+        targets.check(OmegaConf.create({"model": {"_target_": target}}))
 
 
 @pytest.mark.parametrize(
@@ -84,24 +84,24 @@ def test_a_target_that_cannot_be_called_is_refused(target: str):
         "pathlib.Path.touch",
         "espalier.cli.shutil.rmtree",  # a trusted module, but only as a way to another one
         "espalier.measure.provenance.subprocess.run",
-        "espalier.config.import_module",
+        "espalier.targets.import_module",
         "torch.optim.lr_scheduler.warnings.warn",
         "lightning.pytorch.callbacks.model_checkpoint.os.remove",
     ],
 )
 def test_a_checkpoint_can_name_only_what_was_made_for_it(target: str):
     with pytest.raises(ConfigError, match=r"^model\._target_=.*checkpoint"):
-        config.check(OmegaConf.create({"model": {"_target_": target}}), untrusted=True)
+        targets.check(OmegaConf.create({"model": {"_target_": target}}), untrusted=True)
 
 
 def test_every_option_can_come_out_of_a_checkpoint():
-    config.check(config.compose(["callbacks=[default,ema,early_stopping]", "strategy=fsdp"]), untrusted=True)
+    targets.check(config.compose(["callbacks=[default,ema,early_stopping]", "strategy=fsdp"]), untrusted=True)
 
 
 def test_a_checkpoint_may_not_read_the_environment():
     node = OmegaConf.create({"model": {"_target_": "espalier.models.mlp.MLP", "hidden": "${oc.env:HOME}"}})
     with pytest.raises(ConfigError, match="may not interpolate"):
-        config.check(node, untrusted=True)
+        targets.check(node, untrusted=True)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_a_checkpoint_may_not_read_the_environment():
 )
 def test_a_name_that_stands_for_nothing_is_answered_with_the_nearest(name: str, expected: str):
     with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
-        config.locate(name)
+        targets.locate(name)
 
 
 def test_the_name_of_a_class_or_of_something_inside_it_is_found():
-    assert config.locate("espalier.spec.DataSpec.to_dict").__qualname__ == "DataSpec.to_dict"
-    assert config.locate("annotated_types.Ge") is Ge
+    assert targets.locate("espalier.spec.DataSpec.to_dict").__qualname__ == "DataSpec.to_dict"
+    assert targets.locate("annotated_types.Ge") is Ge
 
 
 def test_each_swept_value_is_composed_once():

@@ -1,0 +1,187 @@
+"""From a `_target_` in a configuration to the object it names, and whether that object takes the arguments beside it.
+
+A signature is the schema: names, types and ranges are compared before anything is built. This is the first place that
+imports torch and Lightning, after the configuration has composed.
+"""
+
+import inspect
+import json
+import pkgutil
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+from espalier.config import nearest
+from espalier.errors import ConfigError
+from espalier.ranges import Count, Index, NonNegative, Positive, Rate
+
+# Arguments that the program itself supplies, so that no size or path is configured twice.
+SUPPLIED: dict[str, frozenset[str]] = {
+    "data": frozenset({"seed"}),
+    "model": frozenset({"input_shape", "num_outputs"}),
+    "learner": frozenset({"model", "spec", "optimizer", "scheduler", "seed"}),
+    "optimizer": frozenset({"params"}),
+    "scheduler": frozenset({"optimizer", "step", "total_steps", "mode"}),
+    "callbacks": frozenset({"monitor", "mode", "dirpath"}),
+    "logger": frozenset({"folder", "run_name"}),
+    "trainer": frozenset({"callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing"}),
+    "task": frozenset({"run"}),
+}
+# Ranges of arguments that belong to other libraries, whose signatures state a type at most.
+RANGES: dict[str, Any] = {
+    "lr": Positive,
+    "weight_decay": NonNegative,
+    "momentum": Rate,
+    "accumulate_grad_batches": Count,
+    "log_every_n_steps": Count,
+    "num_nodes": Count,
+    "gradient_clip_val": NonNegative | None,
+    "patience": Index,
+}
+KEYWORDS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
+# A config that came out of a checkpoint is untrusted: nothing else is ever built from it.
+TRUSTED_TARGETS = (
+    "espalier.",
+    "torch.optim.",
+    "lightning.pytorch.trainer.trainer.Trainer",
+    "lightning.pytorch.callbacks.",
+    "lightning.pytorch.strategies.",
+)
+
+
+def check(cfg: DictConfig, *, untrusted: bool = False) -> None:
+    """Raise `ConfigError` with one line for everything in `cfg` that cannot be built; build nothing.
+
+    Every `_target_` must resolve, accept its keys, and get values of the types and ranges its signature states.
+    `untrusted` configs, those that came out of a checkpoint, may name only `TRUSTED_TARGETS` and interpolate nothing.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=not untrusted)
+    assert isinstance(plain, dict)
+    problems = [problem for group, node in plain.items() for problem in _problems(node, str(group), untrusted)]
+    problems += [f"{where}._target_: missing, so there is nothing to build" for where in _without_target(plain)]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _without_target(plain: Mapping[Any, Any]) -> Iterator[str]:
+    for group in filter(plain.__contains__, SUPPLIED):
+        parts = {group: plain[group]}
+        if group in ("callbacks", "logger"):
+            parts = {f"{group}.{name}": node for name, node in plain[group].items()}
+        yield from (where for where, node in parts.items() if not isinstance(node, dict) or "_target_" not in node)
+
+
+def _problems(node: Any, where: str, untrusted: bool) -> Iterator[str]:
+    if isinstance(node, list):
+        for place, child in enumerate(node):
+            yield from _problems(child, f"{where}[{place}]", untrusted)
+    if untrusted and isinstance(node, str) and "${" in node:
+        yield f"{where}={node}: a checkpoint may not interpolate"
+    if not isinstance(node, dict):
+        return
+    for key, child in node.items():
+        yield from _problems(child, f"{where}.{key}", untrusted)
+    if "_target_" not in node:
+        return
+    if untrusted and not str(node["_target_"]).startswith(TRUSTED_TARGETS):
+        yield f"{where}._target_={node['_target_']}: not built from a checkpoint; see TRUSTED_TARGETS in targets.py"
+        return
+    try:
+        target = locate(str(node["_target_"]))
+    except ConfigError as error:
+        yield f"{where}._target_={node['_target_']}: {error}"
+        return
+    if not callable(target):
+        yield f"{where}._target_={node['_target_']}: neither a class nor a function, so there is nothing to build"
+        return
+    if untrusted and not f"{target.__module__}.{target.__qualname__}".startswith(TRUSTED_TARGETS):
+        yield f"{where}._target_={node['_target_']}: borrowed from {target.__module__}; not built from a checkpoint"
+        return
+    yield from _argument_problems(target, node, where)
+
+
+def _argument_problems(target: Any, node: Mapping[str, Any], where: str) -> Iterator[str]:
+    supplied = SUPPLIED.get(where.partition(".")[0], frozenset())
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key, value in node.items():
+        if key in KEYWORDS:
+            continue
+        if key in supplied:
+            yield f"{where}.{key}={value}: comes from the run itself and cannot be set"
+        elif value == "???":
+            yield f"{where}.{key}: needs a value, there is no default; say {where}.{key}=VALUE"
+        elif key not in parameters and not open_ended:
+            names = [name for name in parameters if name not in supplied]
+            yield f"{where}.{key}: no such key{nearest(key, names)}; {node['_target_']} takes {', '.join(names)}"
+        elif not _contains_target(value):
+            reason = _mismatch(value, hints.get(key, Any)) or _mismatch(value, RANGES.get(key, Any))
+            if reason:
+                yield f"{where}.{key}={'null' if value is None else value}: {reason}"
+    if node.get("_partial_"):
+        return
+    for name, parameter in parameters.items():
+        optional = parameter.default is not parameter.empty or parameter.kind.name.startswith("VAR")
+        if not optional and name not in node and name not in supplied:
+            yield f"{where}.{name}: missing; {node['_target_']} needs it"
+
+
+def _contains_target(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(_contains_target, value.values()))
+    return isinstance(value, list) and any(map(_contains_target, value))
+
+
+def _mismatch(value: Any, annotation: Any) -> str | None:
+    """Why `value` is not of this type or outside its range, or None; YAML lists stand for any sequence."""
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, PydanticUserError):
+        return None
+    try:
+        adapter.validate_json(json.dumps(value), strict=True)  # in JSON a list may be a tuple; "3" is no number
+    except ValidationError as error:
+        reasons = dict.fromkeys(
+            str(problem["msg"]) for problem in error.errors() if "instance of" not in problem["msg"]
+        )
+        return (
+            " or ".join(reasons).lower().replace("input should be", "should be").replace("a valid array", "a list")
+            or "wrong type"
+        )
+    return None
+
+
+def locate(target: str) -> Any:
+    """The object that a dotted name stands for.
+
+    Raises:
+        ConfigError: nothing has that name; the message offers the nearest one that exists.
+    """
+    parts = target.split(".")
+    for split in range(len(parts), 0, -1):
+        name = ".".join(parts[:split])
+        try:
+            found = import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+                raise ConfigError(f"needs the package {error.name}, which is not installed") from error
+            continue
+        for attribute in parts[split:]:
+            if not hasattr(found, attribute):
+                names = [word for word in dir(found) if not word.startswith("_")]
+                raise ConfigError(f"nothing has this name{_nearest_in(found, attribute, names)}")
+            found = getattr(found, attribute)
+        return found
+    raise ConfigError(f"there is no package {parts[0]}")
+
+
+def _nearest_in(owner: Any, attribute: str, names: list[str]) -> str:
+    names += [module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", []))]
+    close = get_close_matches(attribute, names, n=1, cutoff=0.5)
+    return f"; did you mean {owner.__name__}.{close[0]}?" if close else ""
