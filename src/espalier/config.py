@@ -69,6 +69,10 @@ def diagnose(overrides: Sequence[str], error: Exception) -> list[str]:
     good: list[str] = []
     problems: list[str] = []
     for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # groups decide which keys exist
+        group, _, option = text.partition("=")
+        if option in groups().get(group, []):
+            good.append(text)
+            continue
         try:
             _compose([*good, text])
             good.append(text)
