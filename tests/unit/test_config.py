@@ -142,7 +142,7 @@ STORED = config.compose(["model=mlp", "model.hidden=[7]", "data.batch_size=32", 
 def test_a_source_brings_its_network_and_data_but_not_its_trainer():
     now = runs.from_source(config.compose([]), OmegaConf.to_container(STORED), [], may_change=False)
     assert (now.model.hidden, now.data.batch_size) == ([7], 32)
-    assert (now.seed, now.trainer.max_epochs) == (0, 20)
+    assert (now.seed, now.trainer.max_epochs) == (0, 30)
 
 
 def test_knobs_of_the_data_stay_open_and_the_network_closed():
