@@ -47,21 +47,21 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 OmegaConf.register_new_resolver("short_id", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 
 
-def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration that these command-line words describe.
 
     Raises:
         ConfigError: one line per override that does not fit.
     """
     try:
-        return _compose(overrides, with_hydra)
+        return _compose(overrides)
     except NOT_COMPOSED as error:
         raise ConfigError(*diagnose(overrides, error)) from error
 
 
-def _compose(overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+def _compose(overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="espalier"):
-        return hydra_compose("config", list(overrides), return_hydra_config=with_hydra)
+        return hydra_compose("config", list(overrides))
 
 
 def diagnose(overrides: Sequence[str], error: Exception) -> list[str]:
@@ -140,8 +140,6 @@ def trials(overrides: Sequence[str]) -> list[list[str]]:
     """For each value of each swept word, one list of plain overrides that contains it; no full product."""
     parsed = parse(overrides)
     choices = [list(word.sweep_string_iterator()) if word.is_sweep_override() else None for word in parsed]
-    if any(choice is None and word.is_sweep_override() for choice, word in zip(choices, parsed, strict=True)):
-        raise AssertionError("every sweep lists its values")
     plain = [
         f"{word.get_key_element()}={choice[0]}" if choice else str(word.input_line)
         for word, choice in zip(parsed, choices, strict=True)
