@@ -1,0 +1,182 @@
+"""What every compression method promises, the order in which methods compose, and the ledger of what was done.
+
+A method is one file of this package: a subclass of `Compression` that decides when, and three names that are enough
+to read a checkpoint without its data, its teacher or the library that chose the channels:
+
+    STAGE                            the place of the method in a recipe
+    replay(model, entry) -> model    makes the structure of a fresh model equal to the compressed one; no weights
+    finalize(model, entry) -> model  the deployable network: masks folded, adapters gone, quantizers converted
+    conversion(entry) -> Conversion | None    optional: what is left for the exporter, where the runtime quantizes
+
+Both may change `model` in place, and return the module that stands for it afterwards. An entry of the ledger is
+`{"method": file name, ...}` with plain values, so a checkpoint can hold it. `docs/compression_methods.md` shows how to
+add one.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from espalier import compression
+from espalier.data.loaders import Batch
+from espalier.errors import ConfigError
+
+Entry = dict[str, Any]  # "method" and plain values
+Samples = Callable[[int], Batch]  # that many training samples, not augmented, the same on each rank and each call
+
+
+class Stage(IntEnum):
+    """When in a recipe a method has its place; a later stage builds on what an earlier one left."""
+
+    STRUCTURE = 0  # fewer channels, factorised layers: other shapes
+    MASK = 1  # zeros that stay zero
+    DISTILL = 2  # another loss
+    QUANTIZE = 3  # other numbers
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Quantized operators that a runtime's own tool makes out of a float graph, because torch cannot express them."""
+
+    kind: Literal["dynamic", "weight_only"]  # activations quantized at run time, or not at all
+    bits: int  # of a weight
+    block: int = 0  # weights that share a scale; 0: one scale per output channel
+    skip: tuple[str, ...] = ()  # modules that stay float
+
+
+class Compression(L.Callback):
+    """One method of a recipe, as a callback of the fit that carries it out.
+
+    `setup` changes the structure, before the optimizer is built and before DDP wraps the network: on the first rank,
+    and by `replay` on the others, which get their weights from the first one when DDP wraps. A resumed run replays its
+    ledger instead, so nothing is chosen twice.
+    """
+
+    trains: ClassVar[bool] = True  # False: applied to the trained network, after the fit
+    ledger: list[Entry]  # of the run; `recipe` sets it
+    is_applied = False  # a resumed run has replayed it already
+
+    @property
+    def method(self) -> str:
+        """The name of the file and of the option: `prune_channels`."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def require(self, model: nn.Module) -> None:
+        """Raise `ConfigError` if this method has nothing to do on this network; called before anything is written."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:
+        """Change the network; return the module that stands for it now, and plain values from which `replay` can.
+
+        Called once, on the CPU; `method` is added to the entry by the caller.
+        """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or self.is_applied or not self.trains:
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ConfigError(f"compression.{self.method}: needs whole weights on each device; use strategy=ddp")
+        is_first, model = trainer.is_global_zero, pl_module.model
+        assert isinstance(model, nn.Module)
+        entry: Entry = {}
+        problem = None
+        if is_first:
+            try:
+                model, entry = self.apply_to(model)
+            except ConfigError as error:
+                problem = str(error)
+        entry, problem = trainer.strategy.broadcast((entry, problem))
+        if problem:  # on every rank, so that none waits for the first
+            raise ConfigError(problem)
+        pl_module.model = model if is_first else replay(model, [entry])
+        self.ledger.append(entry)
+        self.is_applied = True
+
+    def apply_to(self, model: nn.Module) -> tuple[nn.Module, Entry]:
+        """`apply`, with the ledger entry complete."""
+        model, entry = self.apply(model)
+        return model, {"method": self.method, **entry}
+
+
+def replay(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
+    """A fresh model with the structure that the ledger describes; its weights are to be loaded next.
+
+    Raises:
+        ConfigError: the ledger names a method that this version does not have, or belongs to another architecture.
+    """
+    for entry in ledger:
+        try:
+            model = _file_of(str(entry["method"])).replay(model, entry)
+        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"compression {entry.get('method')}: does not fit this architecture ({reason})"
+            ) from error
+    return model
+
+
+def finalize(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
+    """The deployable network, in evaluation mode."""
+    model.eval()
+    for entry in ledger:
+        model = _file_of(str(entry["method"])).finalize(model, entry)
+    return model.eval()
+
+
+def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `ConfigError` unless the methods are in an order that works, after what the source has been through."""
+    words = f"compression=[{','.join(recipe)}]"
+    stages = {method: stage_of(method) for method in recipe}
+    right = sorted(recipe, key=stages.__getitem__)
+    if list(recipe) != right:
+        raise ConfigError(
+            f"{words}: structure comes first, then masks, distillation and quantization; "
+            f"say compression=[{','.join(right)}]"
+        )
+    for stage in (Stage.MASK, Stage.DISTILL, Stage.QUANTIZE):
+        rivals = [method for method in recipe if stages[method] == stage]
+        if len(rivals) > 1:
+            raise ConfigError(f"{words}: {' and '.join(rivals)} exclude each other; choose one")
+    done = [str(entry["method"]) for entry in ledger]
+    latest = max(done, key=stage_of, default=None)
+    if latest is None:
+        return
+    limit = stage_of(latest)
+    late = [method for method in recipe if stages[method] < limit or stages[method] == limit == Stage.QUANTIZE]
+    if late:
+        raise ConfigError(
+            f"{words}: source went through {latest} already and {late[0]} has its place before that; "
+            "start from the run that this source came from"
+        )
+
+
+def stage_of(method: str) -> Stage:
+    """The place of a method in a recipe."""
+    return _file_of(method).STAGE
+
+
+def conversion(ledger: Iterable[Mapping[str, Any]]) -> Conversion | None:
+    """What the exporter has left to do for this network; None where `finalize` did everything."""
+    for entry in ledger:
+        of_method = getattr(_file_of(str(entry["method"])), "conversion", None)
+        if of_method is not None and (found := of_method(entry)) is not None:
+            return found
+    return None
+
+
+def _file_of(method: str) -> ModuleType:
+    """The file of a method; a ledger comes out of a checkpoint, so nothing but names of this package is imported."""
+    if method in {module.name for module in iter_modules(compression.__path__)}:
+        file = import_module(f"{compression.__name__}.{method}")
+        if hasattr(file, "STAGE"):
+            return file
+    raise ConfigError(f"compression {method}: no such method in this version of espalier")
