@@ -1,6 +1,7 @@
 """What a checkpoint holds, how it reaches the disk whole, and how it is read back without running any of it.
 
-A checkpoint is Lightning's dictionary plus `espalier: {version, config, spec}`, so nobody retypes overrides.
+A checkpoint is Lightning's dictionary plus `espalier: {version, config, spec, compression}`, so nobody retypes
+overrides, and a network with fewer channels, masks or quantizers is rebuilt from the ledger of what was done to it.
 Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it anywhere.
 """
 
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from espalier.compression.base import Entry
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec
 
@@ -37,6 +40,11 @@ class Checkpoint:
     @property
     def spec(self) -> DataSpec:
         return DataSpec.from_dict(self.content["espalier"]["spec"])
+
+    @property
+    def ledger(self) -> list[Entry]:
+        """What was done to the network, in order; see `compression/base.py`."""
+        return [dict(entry) for entry in self.content["espalier"].get("compression", [])]
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -68,8 +76,9 @@ def _read(key: str, path: Path) -> Any:
 class CheckpointIO(TorchCheckpointIO):
     """Writes self-describing checkpoints: a temporary file in the same folder, synced, then renamed."""
 
-    def __init__(self, config: Mapping[str, Any], spec: DataSpec) -> None:
+    def __init__(self, config: Mapping[str, Any], spec: DataSpec, ledger: list[Entry]) -> None:
         self.description = {"version": VERSION, "config": dict(config), "spec": spec.to_dict()}
+        self.ledger = ledger  # grows as the recipe is applied
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
@@ -77,12 +86,17 @@ class CheckpointIO(TorchCheckpointIO):
         temporary = target.with_name(f".{target.name}.partial")  # one name: what a kill left is written over
         try:
             with temporary.open("wb") as file:
-                torch.save({**checkpoint, "espalier": self.description}, file)
+                torch.save({**checkpoint, "espalier": {**self.description, "compression": self.ledger}}, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def save_network(self, model: nn.Module, path: Path) -> None:
+        """A checkpoint of the network alone, which tests and starts new runs, but does not resume."""
+        state = {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
+        self.save_checkpoint({"state_dict": state, "pytorch-lightning_version": L.__version__}, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """What `save_checkpoint` wrote; a spawned process hands its bare weights over in this way, too."""
@@ -95,15 +109,17 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: they belong to another architecture.
     """
-    new = _misfits(model.state_dict(), checkpoint.weights)
-    unused = checkpoint.weights.keys() - model.state_dict().keys()
-    if new or unused:
+    stored = checkpoint.weights
+    try:
+        model.load_state_dict(stored)  # torch's check: the ranges of a quantizer take the shape of what is loaded
+    except RuntimeError as error:
+        new = _misfits(model.state_dict(), stored)
+        unused = stored.keys() - model.state_dict().keys()
         example = (new or sorted(unused))[0]
         raise ConfigError(
             f"source={checkpoint.path}: a checkpoint of another architecture; {len(new)} tensors of the model have no "
             f"counterpart and {len(unused)} are left over, such as {example}"
-        )
-    model.load_state_dict(checkpoint.weights)
+        ) from error
 
 
 def load_fitting_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:

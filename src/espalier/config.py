@@ -38,6 +38,7 @@ class RunConfig:
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    compression: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
@@ -134,6 +135,21 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise ConfigError(f"{error.override}: not of the form KEY=VALUE") from error
+
+
+def check_lists(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` if a list of options names one twice: Hydra would take it once, without a word."""
+    problems = []
+    for word in parse(overrides):
+        value = word.value()
+        if word.key_or_group in groups() and isinstance(value, list):
+            problems += [
+                f"{word.input_line}: {name} is listed {value.count(name)} times; once is enough"
+                for name in dict.fromkeys(map(str, value))
+                if value.count(name) > 1
+            ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def trials(overrides: Sequence[str]) -> list[list[str]]:

@@ -20,15 +20,28 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from espalier import checkpoint, runs, seeding
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
 from espalier.checkpoint import Checkpoint, CheckpointIO
+from espalier.compression.base import (
+    Compression,
+    Entry,
+    Stage,
+    check_recipe,
+    finalize,
+    replay,
+    stage_of,
+    without_teacher,
+)
+from espalier.compression.masks import KeepMasks
+from espalier.config import check_lists
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError
+from espalier.export import deployed
 from espalier.learners.learner import Learner
 from espalier.measure import cost, figures, provenance, report
 from espalier.spec import Report
@@ -45,9 +58,11 @@ for not_for_users in (
 ):
     warnings.filterwarnings("ignore", not_for_users)
 
-EVALUATED = ("best.ckpt", "last.ckpt")  # what `source=FOLDER` means, in this order
+COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
+EVALUATED = (COMPRESSED, "best.ckpt", "last.ckpt")  # what `source=FOLDER` means, in this order
 FORKING = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # Lightning's strategies that return nothing but weights
 RESUMED = ("last.ckpt",)
+TAKES_RECIPE = ("train", "compress")
 
 
 @dataclass(frozen=True)
@@ -65,24 +80,96 @@ class Run:
     def data(self) -> DataModule:
         data: DataModule = _build("data", self.cfg.data, seed=self.cfg.seed)
         if self.source and self.task != "train":
-            _require_same_data(data, self.source)
+            _require_same_data("source", data, self.source)
         return data
 
     @cached_property
     def model(self) -> nn.Module:
-        """The network with its first weights: drawn from the seed, or taken from the source."""
-        model = self._new_model()
-        if self.source and self.task == "train":
-            new = checkpoint.load_fitting_weights(model, self.source)
-            self.say(f"warm start from {self.source.path}" + (f"; new: {', '.join(new)}" if new else ""))
-        elif self.source:
-            checkpoint.load_weights(model, self.source)
-        return model
+        """The network before training: drawn from the seed, taken from the source, or as a resumed run had built it."""
+        return self._start[0]
 
-    def _new_model(self) -> nn.Module:
+    @cached_property
+    def ledger(self) -> list[Entry]:
+        """What was done to the network, in order; grows as the recipe is applied."""
+        return self._start[1]
+
+    @cached_property
+    def _start(self) -> tuple[nn.Module, list[Entry]]:
         spec = self.data.spec
         torch.manual_seed(seeding.key(self.cfg.seed))
-        return _build("model", self.cfg.model, input_shape=spec.shape, num_outputs=spec.num_outputs)
+        model: nn.Module = _build("model", self.cfg.model, input_shape=spec.shape, num_outputs=spec.num_outputs)
+        if self.resumed:  # its weights are loaded by Lightning
+            return replay(model, self.resumed.ledger), self.resumed.ledger
+        if self.source is None:
+            return model, []
+        if self.source.config["model"] != self.cfg.model:  # train: another network, which shares weights at most
+            return self._warm_start(model, self.source), []
+        model = replay(model, self.source.ledger)
+        if self.task == "train":
+            self._warm_start(model, self.source)
+        else:
+            checkpoint.load_weights(model, self.source)
+        return without_teacher(model, self.source.ledger)
+
+    def _warm_start(self, model: nn.Module, source: Checkpoint) -> nn.Module:
+        new = checkpoint.load_fitting_weights(model, source)
+        self.say(f"warm start from {source.path}" + (f"; new: {', '.join(new)}" if new else ""))
+        return model
+
+    @cached_property
+    def compressions(self) -> list[Compression]:
+        """The recipe, each method ready to be applied and sure to have something to do."""
+        supplied = {
+            "spec": self.data.spec,
+            "seed": self.cfg.seed,
+            "samples": self.data.samples,
+            "loss": self.loss,
+            "latency_ms": partial(deployed.latency_ms, input_shape=self.data.spec.shape),
+            "network": self.network_of,
+        }
+        recipe: list[Compression] = []
+        for name, node in self.cfg.compression.items():
+            method: Compression = _build(f"compression.{name}", node, **supplied)
+            method.ledger = self.ledger
+            method.is_applied = bool(self.resumed) and method.trains
+            if not method.is_applied:
+                method.require(self.model)
+            recipe.append(method)
+        return recipe
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """The learner's, which is built when this is first called."""
+        return self.learner.loss(output, y)
+
+    def network_of(self, key: str, reference: str) -> nn.Module:
+        """The deployable network of another run, frozen: a teacher. `source` is the run that this one starts from.
+
+        Raises:
+            ConfigError: there is none, or it was trained on other data.
+        """
+        if reference == "source" and not self.cfg.source:
+            raise ConfigError(f"{key}=source: this run starts from no source; name the RUN of the teacher")
+        stored = _load(key, self.cfg.source if reference == "source" else reference, EVALUATED)
+        check(OmegaConf.create({"model": stored.config["model"]}), untrusted=True)
+        _require_same_data(key, self.data, stored)
+        return finalize(self.network(stored), stored.ledger).requires_grad_(False)
+
+    def network(self, stored: Checkpoint) -> nn.Module:
+        """The network of a checkpoint as it was trained: masks, adapters and quantizers in place."""
+        model = replay(self._fresh(stored), stored.ledger)
+        checkpoint.load_weights(model, stored)
+        return model
+
+    def float_network(self, stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
+        """The same weights without the quantizers, and the ledger of that."""
+        ledger = [entry for entry in stored.ledger if stage_of(entry["method"]) < Stage.QUANTIZE]
+        model = replay(self._fresh(stored), ledger)
+        checkpoint.load_fitting_weights(model, stored)
+        return model, ledger
+
+    def _fresh(self, stored: Checkpoint) -> nn.Module:
+        spec, node = stored.spec, OmegaConf.create(stored.config["model"])
+        return _build("model", node, input_shape=spec.shape, num_outputs=spec.num_outputs)
 
     @cached_property
     def learner(self) -> Learner:
@@ -99,7 +186,10 @@ class Run:
     @cached_property
     def callbacks(self) -> list[L.Callback]:
         supplied = {"monitor": self.learner.monitor, "mode": self.learner.mode, "dirpath": self.folder / "checkpoints"}
-        return [_build(f"callbacks.{name}", node, **supplied) for name, node in self.cfg.callbacks.items()]
+        watching = [_build(f"callbacks.{name}", node, **supplied) for name, node in self.cfg.callbacks.items()]
+        was_masked = any(stage_of(entry["method"]) == Stage.MASK for entry in self.ledger)
+        keeps_masks = any(isinstance(method, KeepMasks) for method in self.compressions)
+        return [*([KeepMasks()] if was_masked and not keeps_masks else []), *self.compressions, *watching]
 
     @cached_property
     def loggers(self) -> list[Guarded]:
@@ -113,7 +203,7 @@ class Run:
             self.cfg.trainer,
             callbacks=self.callbacks,
             logger=self.loggers,
-            plugins=[CheckpointIO(self._plain_config(), self.data.spec)],
+            plugins=[self.checkpoint_io],
             default_root_dir=self.folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks),
             enable_progress_bar=False,  # conf/callbacks/progress.yaml and summary.yaml stand for Lightning's own
@@ -121,6 +211,10 @@ class Run:
             num_sanity_val_steps=0,  # a resumed run would skip them, an unbroken one not
             use_distributed_sampler=False,  # data/loaders.py shards, and loses or repeats no sample
         )
+
+    @cached_property
+    def checkpoint_io(self) -> CheckpointIO:
+        return CheckpointIO(self._plain_config(), self.data.spec, self.ledger)
 
     def _plain_config(self) -> dict[str, Any]:
         return OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[return-value]
@@ -133,6 +227,28 @@ class Run:
         finally:
             for logger in self.__dict__.get("loggers", []):  # those that were built
                 logger.close()
+
+    def fit(self) -> Path | None:
+        """Train, then apply what works on a trained network; the checkpoint of the result, None where none is kept.
+
+        Compressing always keeps one. A recipe without a method that trains leaves the source's weights as they are.
+        """
+        late = [method for method in self.compressions if not method.trains]
+        weights = None
+        if self.task == "train" or len(late) < len(self.compressions):
+            self.trainer.fit(self.learner, self.data, ckpt_path=self.resumed.path if self.resumed else None)
+            weights = self.best_checkpoint or self.save_last()
+        if not late and (weights or self.task == "train"):
+            return weights
+        if weights:
+            checkpoint.load_weights(self.learner.model, checkpoint.load("source", weights))
+        for method in late:
+            self.learner.model, entry = method.apply_to(self.learner.model)
+            self.ledger.append(entry)
+        weights = self.folder / "checkpoints" / COMPRESSED
+        if is_first_rank():
+            self.checkpoint_io.save_network(self.learner.model, weights)
+        return weights
 
     def measure(self, split: Literal["train", "val", "test"], weights: Path | None = None) -> dict[str, float]:
         """Metrics of a whole split, named `split/...`, with the given checkpoint's weights or the present ones."""
@@ -162,9 +278,7 @@ class Run:
 
     def cost(self, weights: Path | None) -> dict[str, Any]:
         """Name, runtime and counted cost of the network in a checkpoint file, or of the present one."""
-        model = self._new_model() if weights else self.model
-        if weights:
-            checkpoint.load_weights(model, checkpoint.load("source", weights))
+        model = self.network(checkpoint.load("source", weights)) if weights else self.learner.model
         return {
             "name": type(model).__name__,
             "runtime": "torch",
@@ -186,19 +300,21 @@ class Run:
         _ = self.trainer  # built first: a run that cannot be built leaves nothing behind
         for logger in self.loggers:
             logger.log_hyperparams(self._plain_config())
-        if not _is_first_rank():
+        if not is_first_rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.cfg, self.folder / "config.yaml", resolve=True)
         OmegaConf.save(OmegaConf.create(list(self.words)), self.folder / "overrides.yaml")
         (self.folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
 
-    def publish(self, row: dict[str, Any], *notes: str) -> Report:
-        """Report one measured row: files, figures, loggers, and the table that the user sees."""
+    def publish(
+        self, rows: list[dict[str, Any]], notes: Sequence[str], ratios: dict[str, float] | None = None
+    ) -> Report:
+        """Report what was measured: files, figures, loggers, and the table that the user sees."""
         source = str(self.source.path) if self.source else None
-        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows=[row], notes=list(notes))
-        if _is_first_rank():
-            self._draw()
+        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, list(notes))
+        if is_first_rank():
+            self._draw(rows)
             for logger in self.loggers:
                 log_report(logger, done)
             report.write(done, self.folder)  # last: a folder with a report is a finished run
@@ -206,11 +322,13 @@ class Run:
             self.say(f"report: {self.folder / report.MARKDOWN_NAME}")
         return done
 
-    def _draw(self) -> None:
+    def _draw(self, rows: list[dict[str, Any]]) -> None:
         folder = self.folder / "figures"
         folder.mkdir(exist_ok=True)
-        if (self.folder / "metrics.csv").exists() and self.task == "train":
+        if (self.folder / "metrics.csv").exists() and self.task in TAKES_RECIPE:
             figures.curves(self.folder / "metrics.csv", folder / "curves.png")
+        if len(rows) > 1:
+            figures.trade_off(rows, folder / "trade_off.png")
         tables = self.learner.measured.get("test", {})
         if "test/confusion_KK" in tables:
             names = self.data.spec.class_names
@@ -221,11 +339,12 @@ class Run:
 
     def say(self, line: str) -> None:
         """One line for the user, from the first rank alone."""
-        if _is_first_rank():
+        if is_first_rank():
             Console(highlight=False, soft_wrap=True).print(line)
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes and speaks."""
     return getattr(rank_zero_only, "rank", None) in (None, 0)
 
 
@@ -235,8 +354,13 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
     Raises:
         ConfigError: one line per problem.
     """
-    if cfg.resume and task != "train":
-        raise ConfigError(f"resume={cfg.resume}: only train resumes; {task} takes source=RUN")
+    check_lists(words)
+    if cfg.resume and task not in TAKES_RECIPE:
+        raise ConfigError(f"resume={cfg.resume}: only what trains resumes; {task} takes source=RUN")
+    if cfg.compression and task not in TAKES_RECIPE:
+        raise ConfigError(
+            f"compression=[{','.join(cfg.compression)}]: {task} measures; say espalier compress source=RUN"
+        )
     if cfg.source and cfg.resume:
         raise ConfigError(f"source={cfg.source}: a resumed run has its weights already; drop source or resume")
     source = resumed = None
@@ -248,16 +372,25 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
         resumed = _load("resume", cfg.resume, RESUMED)
         check(OmegaConf.create(resumed.config), untrusted=True)
         cfg = runs.from_resumed(cfg, resumed.config, words)
+        task = str(cfg.task._target_).rpartition(".")[2]  # goes on as what it was
+        source = _load("source", cfg.source, EVALUATED) if task == "compress" else None
     check(cfg)
     _check_devices(cfg.trainer)
+    if not resumed:
+        check_recipe(_methods(cfg.compression), source.ledger if source else [])
     return Run(cfg, words, folder, task, source, resumed)
 
 
-def _require_same_data(data: DataModule, source: Checkpoint) -> None:
+def _methods(recipe: DictConfig) -> list[str]:
+    """The file of each method; its key may have any name."""
+    return [str(node._target_).split(".")[-2] for node in recipe.values()]
+
+
+def _require_same_data(key: str, data: DataModule, source: Checkpoint) -> None:
     now, then = data.spec, source.spec
     if (now.shape, now.class_names) != (then.shape, then.class_names):
         raise ConfigError(
-            f"source={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
+            f"{key}={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
             f"but data is {now.name} {now.shape} with {now.num_outputs}"
         )
 

@@ -51,28 +51,30 @@ def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
 def from_source(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str], *, may_change: bool) -> DictConfig:
     """`cfg` with data, model and learner of the source; knobs of the data stay open.
 
-    `may_change` (warm start, transfer learning) lets the command line choose another of the three.
+    `may_change` (warm start, transfer learning) lets the command line, or an experiment, choose others.
 
     Raises:
         ConfigError: the command line changes one of them although the source decides it.
     """
     overrides = parse(words)
-    chosen = {_group(word) for word in overrides if "." not in word.key_or_group} | {""}
+    chosen = {_group(word) for word in overrides if "." not in word.key_or_group}
     fixed = [
         f"{word.input_line}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
         for word in overrides
-        if _group(word) in NETWORK and not (word.key_or_group.startswith("data.") or may_change)
+        if _group(word) in NETWORK and not (word.key_or_group.startswith(("data.", "data/")) or may_change)
     ]
     if fixed:
         raise ConfigError(*fixed)
     result = cfg.copy()
     with open_dict(result):
         for group in NETWORK:
-            if group not in chosen and "experiment" not in chosen:
+            if not (may_change and {group, "experiment"} & chosen):
                 result[group] = stored[group]
                 for word in overrides:
                     if word.key_or_group.startswith(f"{group}."):
                         _apply(result, word)
+        if "data/augment" in {word.key_or_group for word in overrides}:
+            result.data.augment = cfg.data.augment
     return result
 
 

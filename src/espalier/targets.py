@@ -27,6 +27,7 @@ SUPPLIED: dict[str, frozenset[str]] = {
     "learner": frozenset({"model", "spec", "optimizer", "scheduler", "seed"}),
     "optimizer": frozenset({"params"}),
     "scheduler": frozenset({"optimizer", "step", "total_steps", "mode"}),
+    "compression": frozenset({"spec", "seed", "samples", "loss", "latency_ms", "network"}),
     "callbacks": frozenset({"monitor", "mode", "dirpath"}),
     "logger": frozenset({"folder", "run_name"}),
     "trainer": frozenset({"callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing"}),
@@ -71,7 +72,7 @@ def check(cfg: DictConfig, *, untrusted: bool = False) -> None:
 def _without_target(plain: Mapping[Any, Any]) -> Iterator[str]:
     for group in filter(plain.__contains__, SUPPLIED):
         parts = {group: plain[group]}
-        if group in ("callbacks", "logger"):
+        if group in ("compression", "callbacks", "logger"):
             parts = {f"{group}.{name}": node for name, node in plain[group].items()}
         yield from (where for where, node in parts.items() if not isinstance(node, dict) or "_target_" not in node)
 

@@ -19,11 +19,20 @@ from espalier.errors import ConfigError
 from espalier.run import Run, prepare
 
 NUM_OPTIONS = {  # at least; a search that finds nothing proves nothing
-    **{"callbacks": 8, "data": 10, "data/augment": 10, "debug": 1, "hydra": 1, "learner": 2, "logger": 5},
-    **{"model": 5, "optimizer": 10, "scheduler": 7, "strategy": 6, "task": 2, "trainer": 1},
+    **{
+        "callbacks": 8,
+        "compression": 8,
+        "data": 10,
+        "data/augment": 10,
+        "debug": 1,
+        "hydra": 1,
+        "learner": 2,
+        "logger": 5,
+    },
+    **{"model": 5, "optimizer": 10, "scheduler": 7, "strategy": 6, "task": 3, "trainer": 1},
 }
 OPTIONS = [(group, option) for group, options in catalog.groups().items() for option in options]
-LISTS = {"callbacks", "logger", "data/augment"}
+LISTS = {"callbacks", "compression", "logger", "data/augment"}
 SMALL = {
     "cnn": ("model.channels=[4,8,8]", "model.hidden=[8]"),
     "densenet": ("model.depth=[1,1,1]", "model.growth=4"),

@@ -25,7 +25,7 @@ def stored(model: nn.Module, **others: torch.Tensor) -> Checkpoint:
 
 
 def save(path: Path, **content: object) -> None:
-    CheckpointIO(CONFIG, SPEC).save_checkpoint({"state_dict": {"model.w": torch.ones(2)}, **content}, path)
+    CheckpointIO(CONFIG, SPEC, []).save_checkpoint({"state_dict": {"model.w": torch.ones(2)}, **content}, path)
 
 
 def test_what_is_saved_is_loaded_with_its_config_and_spec(tmp_path: Path):

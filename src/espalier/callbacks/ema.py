@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from espalier.errors import ConfigError
 from espalier.ranges import Count, Rate
@@ -33,10 +32,9 @@ def averaged_names(module: nn.Module) -> list[str]:
     """Parameters and batch-norm statistics in the state dict; every other buffer keeps its present value."""
     stored = module.state_dict().keys()
     statistics = [
-        f"{path}.{name}" if path else name
-        for path, child in module.named_modules()
-        if isinstance(child, _BatchNorm)
-        for name in ("running_mean", "running_var")
+        name
+        for name, _ in module.named_buffers(remove_duplicate=False)
+        if name.rpartition(".")[2] in ("running_mean", "running_var")
     ]
     parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]  # tied: both names
     return [name for name in parameters + statistics if name in stored]
@@ -45,7 +43,8 @@ def averaged_names(module: nn.Module) -> list[str]:
 class EMA(L.Callback):
     """Validation, test and every checkpoint's `state_dict` use averaged weights; resuming goes on from the raw ones.
 
-    The learner holds the raw weights while it trains, the average while it is validated and after training.
+    The learner holds the raw weights while it trains, the average while it is validated and after training. A bool
+    buffer `weight_mask` beside `weight` masks the average too, or zeros set just now would not be zeros in it.
     """
 
     def __init__(self, decay: Rate, every_n_steps: Count) -> None:
@@ -56,6 +55,7 @@ class EMA(L.Callback):
         self.names: list[str] = []
         self.held: list[Tensor] = []  # the learner's own tensors
         self.other: list[Tensor] = []  # whichever of raw and averaged weights the learner does not hold
+        self.masks: dict[int, Tensor] = {}  # by place in `names`
         self.restored: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -68,6 +68,8 @@ class EMA(L.Callback):
         self.held = [state[name] for name in self.names]
         averages = self.restored or state
         self.other = [averages[name].to(state[name].device, copy=True) for name in self.names]
+        masks = {place: state.get(f"{name}_mask") for place, name in enumerate(self.names)}
+        self.masks = {place: mask for place, mask in masks.items() if mask is not None and mask.dtype == torch.bool}
         if not self.restored:
             self.step = trainer.global_step
         self.restored = {}
@@ -101,15 +103,22 @@ class EMA(L.Callback):
     @torch.no_grad()
     def _show(self, *, average: bool) -> None:
         if self.held and average != self.shows_average:
+            self._mask_average()
             before = [tensor.clone() for tensor in self.held]
             torch._foreach_copy_(self.held, self.other)
             torch._foreach_copy_(self.other, before)
             self.shows_average = average
 
+    @torch.no_grad()
+    def _mask_average(self) -> None:
+        if self.masks and not self.shows_average:  # what is shown has been masked before
+            torch._foreach_mul_([self.other[place] for place in self.masks], list(self.masks.values()))
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Plain names for the average; the raw weights lie beside them under `ema`."""
         if not self.held:
             return
+        self._mask_average()
         state = checkpoint["state_dict"]
         held = {name: state[name] for name in self.names}
         other = dict(zip(self.names, self.other, strict=True))

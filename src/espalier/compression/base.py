@@ -132,6 +132,17 @@ def finalize(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module
     return model.eval()
 
 
+def without_teacher(model: nn.Module, ledger: Iterable[Entry]) -> tuple[nn.Module, list[Entry]]:
+    """What the next run starts from: a distillation has left its mark on the weights and nothing else."""
+    kept: list[Entry] = []
+    for entry in ledger:
+        if stage_of(entry["method"]) == Stage.DISTILL:
+            model = _file_of(entry["method"]).finalize(model, entry)
+        else:
+            kept.append(entry)
+    return model, kept
+
+
 def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> None:
     """Raise `ConfigError` unless the methods are in an order that works, after what the source has been through."""
     words = f"compression=[{','.join(recipe)}]"
@@ -146,17 +157,23 @@ def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> 
         rivals = [method for method in recipe if stages[method] == stage]
         if len(rivals) > 1:
             raise ConfigError(f"{words}: {' and '.join(rivals)} exclude each other; choose one")
-    done = [str(entry["method"]) for entry in ledger]
-    latest = max(done, key=stage_of, default=None)
-    if latest is None:
-        return
-    limit = stage_of(latest)
+    done = {str(entry["method"]): stage_of(str(entry["method"])) for entry in ledger}
+    limit, latest = max(
+        ((stage, method) for method, stage in done.items() if stage != Stage.DISTILL), default=(Stage.STRUCTURE, "")
+    )
     late = [method for method in recipe if stages[method] < limit or stages[method] == limit == Stage.QUANTIZE]
     if late:
         raise ConfigError(
             f"{words}: source went through {latest} already and {late[0]} has its place before that; "
             "start from the run that this source came from"
         )
+
+
+def methods() -> list[str]:
+    """Names of all methods, in the order of their stages."""
+    names = [module.name for module in iter_modules(compression.__path__)]
+    files = {name: import_module(f"{compression.__name__}.{name}") for name in names}
+    return sorted((name for name in names if hasattr(files[name], "STAGE")), key=lambda name: files[name].STAGE)
 
 
 def stage_of(method: str) -> Stage:

@@ -10,12 +10,15 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from espalier import seeding
 from espalier.data.augment import Augmentation
 from espalier.data.loaders import Batch, BatchLoader, Loader, Order, Reader, Samples, StreamLoader
 from espalier.data.prepare import Normalise, Prepare
 from espalier.spec import DataSpec
 
 Split = Literal["train", "val", "test"]
+Place = tuple[int, int, torch.device]  # rank and number of data-parallel processes, and the device of this one
+SAMPLES_STREAM = 3  # keeps the choice of samples apart from other users of the seed
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Keyed order, augmented, whole global batches only; behind the batches that a resumed run has done."""
-        self._training = self._loader("train", self.batch_size, is_training=True)
+        self._training = self._loader("train", self.batch_size, True, self._place())
         if self._resumed:
             self._training.load_state_dict(self._resumed)
             self._resumed = None
@@ -71,9 +74,25 @@ class DataModule(L.LightningDataModule):
     def test_dataloader(self) -> Loader:
         return self.loader(self.tested_split)
 
-    def loader(self, split: Split, batch_size: int | None = None) -> Loader:
-        """Any split as evaluation sees it: every sample once, in order, not augmented."""
-        return self._loader(split, self.batch_size if batch_size is None else batch_size, is_training=False)
+    def loader(self, split: Split, batch_size: int | None = None, *, is_whole: bool = False) -> Loader:
+        """Any split as evaluation sees it: every sample once, in order, not augmented.
+
+        Each rank gets its part, on its device; `is_whole` gives all of it to this process, on the CPU.
+        """
+        place = (0, 1, torch.device("cpu")) if is_whole else self._place()
+        return self._loader(split, batch_size or self.batch_size, False, place)
+
+    def samples(self, num: int) -> Batch:
+        """At most `num` random training samples, normalised, not augmented; the same in each call and on each rank."""
+        data = self.splits.train
+        order_N = torch.randperm(len(data), generator=seeding.generator(self.seed, SAMPLES_STREAM))
+        index_B = order_N[:num]
+        raw = (
+            Samples(data.x[index_B], data.y[index_B])
+            if isinstance(data, Samples)
+            else data.__getitems__(index_B.tolist())
+        )
+        return Batch(Normalise(self.spec, torch.device("cpu"))(raw.x), raw.y, index_B)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training split.
@@ -90,9 +109,9 @@ class DataModule(L.LightningDataModule):
         """Nothing to do: loaders build batches on the device, and Lightning's search for tensors takes longer."""
         return batch if batch.x.device == device else Batch(*(value.to(device) for value in batch))
 
-    def _loader(self, split: Split, batch_size: int, is_training: bool) -> Loader:
+    def _loader(self, split: Split, batch_size: int, is_training: bool, place: Place) -> Loader:
         data: Samples | Reader = getattr(self.splits, split)
-        rank, world_size, device = self._place()
+        rank, world_size, device = place
         order = Order(len(data), batch_size, self.seed if is_training else None, rank, world_size)
         augment = list(self.augment.values()) if is_training else []
         finish = Prepare(self.spec, augment, self.seed, device)
@@ -104,8 +123,7 @@ class DataModule(L.LightningDataModule):
         normalise = Normalise(self.spec, device)  # the same for each epoch, so once and for all
         return BatchLoader(Samples(normalise(on_device.x), on_device.y), order, finish=None)
 
-    def _place(self) -> tuple[int, int, torch.device]:
-        """Rank and number of data-parallel processes, and the device of this one."""
+    def _place(self) -> Place:
         if self.trainer is None:
             return 0, 1, torch.device("cpu")
         sharding: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}

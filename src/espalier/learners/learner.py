@@ -119,11 +119,15 @@ class Learner(L.LightningModule):
         x, y, _ = batch
         seed_step(self.seed, self._epoch, batch_idx, self._rank)
         output = self.forward(x)
-        loss = self.loss(output, y)
+        loss = self.objective(x, output, y)
         self.last_loss = loss.detach()
         with torch.no_grad():
             self.train_sums.add_(self.sums(output, y, self.last_loss))
         return loss
+
+    def objective(self, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
+        """What training minimises, scalar; a distillation puts a teacher beside the loss."""
+        return self.loss(output, y)
 
     def on_train_epoch_end(self) -> None:
         *sums, samples = self._total_train_sums().unbind()

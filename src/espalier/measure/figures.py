@@ -1,4 +1,4 @@
-"""Figures of a run, drawn off screen: curves, a confusion matrix, predicted against true.
+"""Figures of a run, drawn off screen: curves, a confusion matrix, predicted against true, what compression costs.
 
 `Figure` objects only: pyplot keeps global state, picks a backend and would open windows.
 Colours are those of Okabe and Ito (2008, jfly.uni-koeln.de/color), which colour-blind readers can tell apart.
@@ -6,7 +6,7 @@ Colours are those of Okabe and Ito (2008, jfly.uni-koeln.de/color), which colour
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from espalier.measure import report
+
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
 COLOURS = {"train": BLUE, "val": ORANGE}
+ARTIFACTS = list(  # colour and marker: dots that lie on each other can still be told apart
+    zip((GREY, BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX*", strict=True)
+)
 STYLE: Any = {  # matplotlib types the keys as one Literal of 300 names
     "font.size": 11,
     "axes.titlesize": 12,
@@ -39,6 +44,9 @@ LOWER_IS_BETTER = ("loss", "error", "rmse", "mse", "mae", "perplexity")
 MAX_PANELS = 4  # loss and the first metrics; the rest is in metrics.csv
 MAX_NAMED_CLASSES = 30  # names and cell numbers of a larger confusion matrix would not be readable
 MAX_POINTS = 5_000  # of a scatter plot: more only makes it darker
+MAX_LAYERS = 25  # of a sensitivity scan: the rest can be pruned or quantized without a look
+MIN_MARGIN = 1e-3  # of a metric, relative: equal values look equal
+LOG_FROM = 4  # times the smallest value: below, a linear axis is easier to read
 
 Series = dict[str, list[tuple[float, float]]]  # split -> (epoch, value)
 
@@ -99,6 +107,56 @@ def predicted_vs_true(predicted: Tensor | NDArray[Any], true: Tensor | NDArray[A
         _save(figure, target)
 
 
+def trade_off(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """A metric over latency and over size on disk, one dot per row of a report; numbers stand in the legend.
+
+    The metric is the first that is no loss, the batch size the first that was timed; whiskers end at the 95th
+    percentile.
+    """
+    batch_size = next(iter(rows[0]["latency_ms"]))
+    metric = next(name for name in rows[0]["metrics"] if not name.endswith("loss"))
+    values = [row["metrics"][metric] for row in rows]
+    p50, p95 = ([row["latency_ms"][batch_size][name] for row in rows] for name in ("p50", "p95"))
+    sizes = [row["size_bytes"] for row in rows]
+    labels = [
+        f"{row['name']}: {report.number(value)}, {ms:.3g} ms, {report.bytes_(size)}"
+        for row, value, ms, size in zip(rows, values, p50, sizes, strict=True)
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 3.8 + 0.22 * len(rows)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for place, label in enumerate(labels):
+            colour, marker = ARTIFACTS[place % len(ARTIFACTS)]
+            style: Any = {"color": colour, "marker": marker, "markersize": 8, "alpha": 0.8, "linestyle": "none"}
+            whisker = [[0], [max(0, p95[place] - p50[place])]]
+            left.errorbar(p50[place], values[place], xerr=whisker, elinewidth=1, label=label, **style)
+            right.plot(sizes[place], values[place], **style)
+        _scale(left, [*p50, *p95], "{:.3g}".format)
+        _scale(right, sizes, report.bytes_)
+        left.set(xlabel=f"milliseconds, batch of {batch_size}", ylabel=metric.partition("/")[2].replace("_", " "))
+        right.set(xlabel="size of the file")
+        middle, spread = (max(values) + min(values)) / 2, max(values) - min(values)
+        margin = max(0.6 * spread, MIN_MARGIN * abs(middle)) or 1
+        left.set_ylim(middle - margin, middle + margin)
+        left.ticklabel_format(axis="y", useOffset=False)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", fontsize=9)
+        _save(figure, target)
+
+
+def sensitivity(growth: Mapping[str, float], target: Path) -> None:
+    """How much the loss grows when one layer is disturbed: a bar per layer, the most sensitive first."""
+    shown = sorted(growth.items(), key=lambda part: part[1], reverse=True)[:MAX_LAYERS]
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(6.4, 1.2 + 0.26 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh([name for name, _ in shown], [value for _, value in shown], color=BLUE)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0, labelsize=9)
+        axes.set(xlabel="growth of the loss")
+        axes.set_title(f"{len(shown)} most sensitive of {len(growth)} layers")
+        _save(figure, target)
+
+
 def _per_epoch(metrics_csv: Path) -> dict[str, Series]:
     """Metric name without its split -> split -> points; of several rows of an epoch the last counts."""
     values: dict[str, dict[str, dict[int, float]]] = {}
@@ -137,6 +195,18 @@ def _draw_curve(axes: Axes, name: str, series: Series) -> None:
 def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
     pairs = list(points)
     return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _scale(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
+    """From zero upwards, or logarithmic where values lie far apart; `text` writes the numbers at the ticks."""
+    if max(values) > LOG_FROM * min(values) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(0, 1.08 * max(values))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:

@@ -48,16 +48,17 @@ def read(folder: Path) -> Report:
 
 
 def table(report: Report) -> RenderableType:
-    """Rows are artifacts, columns are metrics and costs; two tables where one would not fit 80 columns."""
+    """Rows are artifacts, columns are metrics and costs; several tables where one would not fit 80 columns."""
     metrics, costs = _columns(report)
-    parts: list[RenderableType] = []
-    if _width({**metrics, **costs}) <= TABLE_WIDTH:
-        parts.append(_grid({**metrics, **costs}))
-    else:
-        names = {"": metrics.get("", costs.get("", []))}
-        parts += [_grid(columns) for columns in (metrics, {**names, **costs}) if len(columns) > 1]
-    parts += [Text(line, style="dim") for line in _remarks(report)]
-    return Group(*parts)
+    names = {"": metrics.pop("")}
+    grids: list[Columns] = [{}]
+    for header, cells in [*metrics.items(), *costs.items()]:
+        starts_costs = header in costs and not grids[-1].keys() & costs.keys() and _width(metrics | costs) > TABLE_WIDTH
+        if starts_costs or _width({**names, **grids[-1], header: cells}) > TABLE_WIDTH:
+            grids.append({})
+        grids[-1][header] = cells
+    remarks = [Text(line, style="dim") for line in _remarks(report)]
+    return Group(*[_grid({**names, **columns}) for columns in grids if columns], *remarks)
 
 
 def markdown(report: Report) -> str:
@@ -149,7 +150,7 @@ def _columns(report: Report) -> tuple[Columns, Columns]:
             costs[header] = cells
     for batch in _keys(row.get("latency_ms", {}) for row in rows):
         quantiles = [row.get("latency_ms", {}).get(batch, {}) for row in rows]
-        costs[f"ms, batch {batch}"] = [_cell(quantile.get("p50"), _digits) for quantile in quantiles]
+        costs[f"ms, batch {batch}"] = [_cell(quantile.get("p50"), _three_digits) for quantile in quantiles]
     return metrics, costs
 
 
@@ -181,6 +182,11 @@ def _digits(value: float) -> str:
     """Three significant digits with their zeros: 1.00, 40.6, 272."""
     decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{decimals}f}"
+
+
+def _three_digits(value: float) -> str:
+    """As `_digits`, below 1 as well: 0.0448."""
+    return f"{value:#.3g}" if 0 < abs(value) < 0.9995 else _digits(value)
 
 
 def _width(columns: Mapping[str, Sequence[str]]) -> int:

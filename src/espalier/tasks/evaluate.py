@@ -17,4 +17,4 @@ def evaluate(run: Run, split: Literal["train", "val", "test"]) -> Report:
         raise ConfigError("source=null: evaluate needs the RUN to measure; try source=latest")
     run.record()
     metrics = run.measure(split)
-    return run.publish(run.cost(run.source.path) | {"metrics": metrics})
+    return run.publish([run.cost(run.source.path) | {"metrics": metrics}], [])

@@ -10,10 +10,9 @@ def train(run: Run) -> Report:
     `resume=` continues at the step of the last checkpoint; `source=` starts from another run's weights.
     """
     run.record()
-    run.trainer.fit(run.learner, run.data, ckpt_path=run.resumed.path if run.resumed else None)
-    weights = run.best_checkpoint or run.save_last()
+    weights = run.fit()
     metrics = run.measure("test", weights)
     notes = [f"measured on {weights.name}"] if weights else ["no checkpoint was kept: callbacks has none"]
     if run.best_score is not None:
         notes = [f"{notes[0]}, which had {run.learner.monitor} {run.best_score:.4f}"]
-    return run.publish(run.cost(weights) | run.speed() | {"metrics": metrics}, *notes)
+    return run.publish([run.cost(weights) | run.speed() | {"metrics": metrics}], notes)

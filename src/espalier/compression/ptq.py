@@ -1,0 +1,56 @@
+"""Post-training quantization: 8 bits without training; the ranges of values come from a few training samples.
+
+Where ranges are fixed, a range is the one that loses least of the histogram of the values seen, in mean square
+(Krishnamoorthi 2018, arXiv 1806.08342, section 3.1; the search is torchao's). The network is the one that `qat` trains,
+so the two differ in nothing but the training.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from espalier.compression import qat
+from espalier.compression.base import Compression, Entry, Samples, Stage
+from espalier.compression.captured import CapturedNet
+from espalier.compression.qat import check_skip, make_entry, natural_mode
+from espalier.compression.quantizer import Target, calibrate
+from espalier.ranges import Count
+from espalier.spec import DataSpec
+
+STAGE = Stage.QUANTIZE
+
+replay, finalize, conversion = qat.replay, qat.finalize, qat.conversion
+
+
+class PTQ(Compression):
+    """Quantizes the trained network; `num_samples` calibrate the ranges of activations where these are fixed."""
+
+    trains: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        mode: Literal["auto", "static", "dynamic"],
+        target: Target,
+        num_samples: Count,
+        skip: Sequence[str],
+        spec: DataSpec,
+        samples: Samples,
+    ) -> None:
+        self.mode = mode
+        self.target = target
+        self.num_samples = num_samples
+        self.skip = tuple(skip)
+        self.spec = spec
+        self.samples = samples
+
+    def require(self, model: nn.Module) -> None:
+        check_skip(model, self.method, self.skip)
+
+    def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:
+        mode = natural_mode(model, self.target) if self.mode == "auto" else self.mode
+        entry = make_entry(mode, self.target, self.skip, self.spec)
+        model = replay(model, entry)
+        if isinstance(model, CapturedNet):
+            calibrate(model, self.samples(self.num_samples).x)
+        return model, entry

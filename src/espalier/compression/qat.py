@@ -1,0 +1,158 @@
+"""Quantization-aware training: the network trains with its values rounded, so that it learns to do with 8 bits.
+
+Jacob et al. 2017, arXiv 1712.05877. Rounding passes gradients on as if it were not there (Bengio et al. 2013, arXiv
+1308.3432). Networks with convolutions are captured as a graph and get fixed ranges for all values (torchao PT2E).
+Where only linear layers can be quantized, activations get their range at run time: nothing has to be observed, and the
+modules stay what they are.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espalier.compression.base import Compression, Conversion, Entry, Stage
+from espalier.compression.captured import CapturedNet, capture
+from espalier.compression.quantizer import Target, convert, make_quantizer, prepare
+from espalier.config import nearest
+from espalier.errors import ConfigError
+from espalier.ranges import Share
+from espalier.spec import DataSpec
+
+STAGE = Stage.QUANTIZE
+
+Mode = Literal["static", "dynamic"]  # ranges of activations: fixed beforehand, or found at run time
+
+BITS = 8
+MIN_SCALE = 2**-14  # of a layer whose weights or inputs are all zero
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class QAT(Compression):
+    """Rounds weights and activations from the first step on.
+
+    Ranges follow the values until the share `observe` of the run, batch-norm statistics until the share `statistics`;
+    then the network trains as it will be deployed.
+    """
+
+    def __init__(self, target: Target, observe: Share, statistics: Share, skip: Sequence[str], spec: DataSpec) -> None:
+        self.target = target
+        self.observe = observe
+        self.statistics = statistics
+        self.skip = tuple(skip)
+        self.spec = spec
+
+    def require(self, model: nn.Module) -> None:
+        check_skip(model, self.method, self.skip)
+
+    def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:
+        mode = natural_mode(model, self.target)
+        entry = make_entry(mode, self.target, self.skip, self.spec)
+        return replay(model, entry), entry
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total_steps = trainer.estimated_stepping_batches
+        self.observed_steps = self.observe * total_steps
+        self.counted_steps = self.statistics * total_steps
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        model = pl_module.model
+        if isinstance(model, CapturedNet):
+            step = trainer.global_step
+            model.frozen_observers = step >= self.observed_steps
+            model.frozen_statistics = step >= self.counted_steps
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer that computes with what 8 bits can hold; the same object otherwise, with its names and masks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(round_inputs(x), round_weight(self.weight), self.bias)
+
+
+def round_inputs(x_BX: Tensor) -> Tensor:
+    """Each sample on the 256 values between its least and its largest; 0 is one of them.
+
+    What ONNX Runtime does with a batch of one (operator DynamicQuantizeLinear).
+    """
+    low_B, high_B = x_BX.detach().float().flatten(1).aminmax(dim=1)
+    low_B, high_B = low_B.clamp(max=0), high_B.clamp(min=0)
+    scale_B = ((high_B - low_B) / 255).clamp(min=MIN_SCALE)
+    zero_B = (-low_B / scale_B).round().int()
+    return torch.fake_quantize_per_channel_affine(x_BX, scale_B, zero_B, 0, 0, 255)
+
+
+def round_weight(weight_NK: Tensor) -> Tensor:
+    """Each row on the 255 values between minus and plus its largest magnitude."""
+    scale_N = (weight_NK.detach().float().abs().amax(1) / 127).clamp(min=MIN_SCALE)
+    zero_N = torch.zeros_like(scale_N, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight_NK, scale_N, zero_N, 0, -127, 127)
+
+
+def natural_mode(model: nn.Module, target: Target) -> Mode:
+    """Dynamic where ONNX Runtime runs a network whose only convolutions cut an image into patches; else static."""
+    return "static" if target != "onnxruntime" or any(map(_overlaps, model.modules())) else "dynamic"
+
+
+def make_entry(mode: Mode, target: Target, skip: Sequence[str], spec: DataSpec) -> Entry:
+    """All that `replay` needs, in plain values."""
+    return {"mode": mode, "target": target, "skip": list(skip), "input_shape": list(spec.shape)}
+
+
+def check_skip(model: nn.Module, method: str, skip: Sequence[str]) -> None:
+    """Raise `ConfigError` if a name in `skip` is no module, or if they leave nothing to quantize."""
+    names = [name for name, _ in model.named_modules() if name]
+    for name in skip:
+        if name not in names:
+            raise ConfigError(
+                f"compression.{method}.skip={name}: no module has this name{nearest(name, names)}; "
+                "modules have the names of their parameters, without .weight"
+            )
+    if not any(layers(model, skip)):
+        raise ConfigError(
+            f"compression.{method}.skip={','.join(skip)}: no linear layer or convolution is left to quantize"
+        )
+
+
+def layers(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers and convolutions by name, without those in the modules named `skip`."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not any(
+            f"{name}.".startswith(f"{part}.") for part in skip
+        ):
+            yield name, module
+
+
+def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+    """The network that rounds; a `CapturedNet` where ranges are fixed beforehand."""
+    if entry["mode"] == "static":
+        return prepare(capture(model, entry["input_shape"]), make_quantizer(entry["target"], entry["skip"]))
+    for _, layer in layers(model, entry["skip"]):
+        if type(layer) is nn.Linear:  # subclasses belong to modules that do not call them
+            layer.__class__ = RoundedLinear
+    return model
+
+
+def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+    """Integers where ranges are fixed; plain linear layers where the runtime quantizes."""
+    if isinstance(model, CapturedNet):
+        return convert(model)
+    for layer in model.modules():
+        if type(layer) is RoundedLinear:
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
+    return model
+
+
+def conversion(entry: Mapping[str, Any]) -> Conversion | None:
+    """What ONNX Runtime's own tool does to the float graph of a network whose ranges are found at run time."""
+    return Conversion("dynamic", BITS, skip=tuple(entry["skip"])) if entry["mode"] == "dynamic" else None
+
+
+def _overlaps(module: nn.Module) -> bool:
+    """Whether it is a convolution that is more than one linear layer for each patch of an image."""
+    return isinstance(module, CONVOLUTIONS) and (module.kernel_size != module.stride or max(module.kernel_size) == 1)

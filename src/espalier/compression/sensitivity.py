@@ -1,0 +1,90 @@
+"""Which layers a network can least spare: one at a time is pruned or quantized, and the loss of the whole is measured.
+
+After Han et al. 2015, arXiv 1506.02626, figure 6. Nothing is trained, so the ranking is what counts, not the size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from espalier.compression.prune_magnitude import keep_mask
+from espalier.data.loaders import Batch
+
+NUM_SAMPLES = 1024  # of the training split; the ranking of layers settles far below
+CHUNK = 128  # samples per forward pass
+HALF = 0.5  # sparsity of a layer that is pruned in a scan
+EPS = 1e-12  # smallest scale: a layer of zeros stays a layer of zeros
+
+Disturb = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+@torch.no_grad()
+def scan(
+    model: nn.Module, samples: Batch, loss: Callable[[Tensor, Tensor], Tensor], disturb: Disturb
+) -> dict[str, float]:
+    """How much the mean loss grows when `disturb` holds for one layer; by layer, the most sensitive first.
+
+    The model is in evaluation mode and unchanged afterwards.
+    """
+    model.eval()
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+    }
+    undisturbed = _mean_loss(model, samples, loss)
+    growth: dict[str, float] = {}
+    for name, layer in track(layers.items(), "sensitivity", transient=True):
+        with disturb(layer):
+            growth[name] = _mean_loss(model, samples, loss) - undisturbed
+    return dict(sorted(growth.items(), key=lambda part: -part[1]))
+
+
+@contextmanager
+def pruned(layer: nn.Module) -> Iterator[None]:
+    """Half of the layer's weights, the smallest, are zero."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    before = weight.detach().clone()
+    weight.mul_(keep_mask(weight, HALF))
+    try:
+        yield
+    finally:
+        weight.copy_(before)
+
+
+@contextmanager
+def quantized(layer: nn.Module) -> Iterator[None]:
+    """Weights have 8 bits per output channel, inputs 8 bits per tensor, as in int8 runtimes."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    before = weight.detach().clone()
+    weight.copy_(round_weight(weight))
+    handle = layer.register_forward_pre_hook(lambda _, inputs: (_round_input(inputs[0]), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+        weight.copy_(before)
+
+
+def round_weight(weight: Tensor, bits: int = 8) -> Tensor:
+    """The nearest values of a symmetric grid of `2**bits - 1` steps per output channel (dimension 0)."""
+    most = 2 ** (bits - 1) - 1
+    scale = (weight.abs().flatten(1).amax(1) / most).clamp(min=EPS).view(-1, *[1] * (weight.ndim - 1))
+    return (weight / scale).round() * scale
+
+
+def _round_input(x: Tensor) -> Tensor:
+    """The nearest of 256 values between the smallest and the largest, zero among them."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=EPS)
+    zero = (-low / scale).round()
+    return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+
+def _mean_loss(model: nn.Module, samples: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+    chunks = zip(samples.x.split(CHUNK), samples.y.split(CHUNK), strict=True)
+    total = sum(float(loss(model(x), y)) * len(y) for x, y in chunks)
+    return total / len(samples.y)

@@ -1,0 +1,113 @@
+"""Networks measured as they are deployed: the exported file, run by its runtime, on every sample of a split."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.compression.base import Entry, conversion, finalize, without_teacher
+from espalier.data.loaders import Batch
+from espalier.export import onnx
+from espalier.learners.learner import Learner
+from espalier.measure import cost, latency
+
+RUNTIME = "onnxruntime"
+ROUNDS = 15  # of interleaved latency measurement
+Predict = Callable[[Tensor], Tensor]  # x (B, ...) to the network's output
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported network beside the one it came from."""
+
+    name: str
+    trained: nn.Module  # masks and quantizers in place: what parameters, zeros and MACs are counted in
+    converted: nn.Module  # what was exported
+    path: Path
+    runtime: str = RUNTIME
+
+    @property
+    def size_bytes(self) -> int:
+        return cost.size_bytes(self.path)
+
+
+def name_of(ledger: Iterable[Entry]) -> str:
+    """What a network has been through, for tables: `prune_channels+qat`, or `fp32` where that is nothing."""
+    return "+".join(str(entry["method"]) for entry in ledger) or "fp32"
+
+
+def export(
+    name: str, trained: nn.Module, ledger: Sequence[Entry], input_shape: tuple[int, ...], path: Path
+) -> Artifact:
+    """Write the deployable form of a trained network to `path`."""
+    trained, ledger = without_teacher(trained, ledger)
+    converted = finalize(copy.deepcopy(trained), ledger)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.write(converted, input_shape, path, conversion(ledger))
+    return Artifact(name, trained.eval(), converted, path)
+
+
+def measure(
+    artifacts: Sequence[Artifact], learner: Learner, test: Iterable[Batch], batches: Sequence[int], threads: int
+) -> list[dict[str, Any]]:
+    """One row of the report per artifact; latencies are interleaved, so what disturbs one disturbs all."""
+    shape = tuple(learner.spec.shape)
+    sessions = [onnx.Session(artifact.path, threads) for artifact in artifacts]
+    rows: list[dict[str, Any]] = [
+        {
+            "name": artifact.name,
+            "runtime": artifact.runtime,
+            "metrics": score(session, learner, test),
+            "params": cost.count_params(artifact.trained),
+            "nonzero": cost.count_nonzero(artifact.trained),
+            "macs": cost.count_macs(artifact.trained, shape),
+            "size_bytes": artifact.size_bytes,
+            "latency_ms": {},
+        }
+        for artifact, session in zip(artifacts, sessions, strict=True)
+    ]
+    for batch_size in batches:
+        x = next(iter(test)).x
+        x = x.repeat(-(-batch_size // len(x)), *[1] * (x.ndim - 1))[:batch_size].contiguous()
+        calls = {str(place): _call(session, x) for place, session in enumerate(sessions)}
+        for row, timed in zip(rows, latency.compare(calls, rounds=ROUNDS).values(), strict=True):
+            row["latency_ms"][str(batch_size)] = timed.to_dict()
+    return rows
+
+
+def score(predict: Predict, learner: Learner, test: Iterable[Batch]) -> dict[str, float]:
+    """The learner's test metrics of any function from samples to outputs."""
+    metrics = learner.new_metrics("test")
+    with torch.no_grad():
+        for batch in test:
+            metrics.update(learner.predict(predict(batch.x).float()), batch.y)
+    return {name: float(value) for name, value in metrics.compute().items() if value.ndim == 0}
+
+
+def ratios(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """How many times smaller and faster: size, parameters, non-zeros, MACs, median latency per batch size."""
+    found = {
+        name: before[key] / max(after[key], 1)
+        for name, key in (("size", "size_bytes"), ("params", "params"), ("nonzero", "nonzero"), ("macs", "macs"))
+    }
+    for batch_size, timed in before["latency_ms"].items():
+        found[f"latency_{batch_size}"] = timed["p50"] / after["latency_ms"][batch_size]["p50"]
+    return found
+
+
+def latency_ms(model: nn.Module, input_shape: tuple[int, ...]) -> float:
+    """Median milliseconds of one sample in ONNX Runtime on one thread, for a float network."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.write(model, input_shape, path)
+        call = _call(onnx.Session(path, threads=1), torch.zeros(1, *input_shape))
+        return latency.compare({"model": call}, rounds=5)["model"].p50
+
+
+def _call(session: onnx.Session, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: session(x)

@@ -1,0 +1,305 @@
+"""A deployable network as an ONNX file without anything a runtime does not need, and ONNX Runtime running it.
+
+Files are small because names and attributes are: an int8 network of 20 kB comes with 110 kB of stack traces.
+Letters: B batch, N output features, K input features, J blocks of a row.
+"""
+
+import ast
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+import onnxruntime
+import torch
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor, nn
+
+from espalier.compression.base import Conversion
+from espalier.compression.captured import CapturedNet
+from espalier.compression.weight_only import encode
+from espalier.errors import ConfigError
+from espalier.ranges import Count
+
+OPSET = 20  # the first that has GELU as one operator
+INPUT, OUTPUT = "input", "logits"
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which module an operator comes from
+INT8_ACCURACY = 4  # MatMulNBits rounds activations to int8; without it 8-bit weights have no kernel: 15x slower
+LAYERS = ("Conv", "Gemm", "MatMul", "Add")  # operators that keep the name of their module
+VIEWS = ("Transpose", "Reshape")  # operators that move numbers and compute none
+FLOAT_LAYERS = frozenset({*LAYERS, "FusedConv", "FusedGemm", "FusedMatMul"})
+INTEGER_LAYERS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulNBits")
+CONV_DEFAULTS = {"dilations": {1}, "strides": {1}, "pads": {0}}  # of each axis; the schema does not state them
+
+
+def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
+    """Write a network in evaluation mode to `path`, for batches of any size; a crash leaves the old file or the new.
+
+    `conversion` replaces linear layers by operators of the runtime, which torch has no name for.
+
+    Raises:
+        ConfigError: torch cannot export the network.
+    """
+    with _quiet():
+        proto = _export(model, input_shape)
+        _name_after_modules(proto.graph)
+        if conversion is not None:
+            proto = CONVERSIONS[conversion.kind](proto, conversion)
+    _pool(proto.graph)
+    _strip(proto)
+    _shorten(proto.graph)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_bytes(proto.SerializeToString())
+    draft.replace(path)
+
+
+class Session:
+    """A file in ONNX Runtime, on the CPU; called with samples (B, ...), it returns logits (B, K)."""
+
+    def __init__(self, path: Path, threads: Count) -> None:
+        options = _options()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        (logits,) = self._session.run([OUTPUT], {INPUT: x.numpy(force=True)})
+        return torch.from_numpy(logits)
+
+
+def operators(path: Path) -> Counter[str]:
+    """How many operators of each type the runtime executes, after it has fused what it can."""
+    return Counter(node.op_type for node in _optimised(path, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL).node)
+
+
+def is_integer(operator: str) -> bool:
+    """Whether a layer of this type multiplies or adds integers."""
+    return operator.startswith(INTEGER_LAYERS)
+
+
+def unfused(path: Path) -> list[str]:
+    """Layers, by module and operator, that are quantized in the file and yet computed in float by the runtime.
+
+    A layer that reads a float tensor was not meant to be quantized and is not listed.
+    """
+    proto = onnx.load(path)
+    decoded: set[str] = set()
+    meant: dict[str, str] = {}  # a number as the name of a layer that reads decoded integers, and what to call it
+    for number, node in enumerate(proto.graph.node):
+        if node.op_type == "DequantizeLinear" or (node.op_type in VIEWS and node.input[0] in decoded):
+            decoded.update(node.output)
+        if node.op_type in LAYERS and decoded.issuperset(node.input[:2]):
+            meant[str(number)] = f"{node.name.partition('/')[0] or 'the network itself'} ({node.op_type})"
+        node.name = str(number)  # fusion keeps names where it keeps layers
+    graph = _optimised(proto.SerializeToString(), onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
+    in_float = [node.name for node in graph.node if node.op_type in FLOAT_LAYERS]
+    return list(dict.fromkeys(meant[name] for name in in_float if name in meant))
+
+
+def _export(model: nn.Module, input_shape: tuple[int, ...]) -> ModelProto:
+    if isinstance(model, CapturedNet):  # its graph knows the modules it came from; its forward hides them
+        model.switch()
+        model = model.code
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    example = torch.zeros(2, *input_shape, device=device)  # a batch of one would be taken for a constant
+    try:
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+        raise ConfigError(
+            f"export: torch cannot turn this network into ONNX ({reason}); "
+            "its forward must be tensor operations that do not depend on values"
+        ) from error
+    assert program is not None
+    return program.model_proto
+
+
+def _name_after_modules(graph: GraphProto) -> None:
+    """Layers are called after the module they come from, a second one `module/2`; other operators nothing."""
+    counts: Counter[str] = Counter()
+    for node in graph.node:
+        node.name = _module_of(node) if node.op_type in LAYERS else ""
+        if node.name:
+            counts[node.name] += 1
+            node.name += f"/{counts[node.name]}" if counts[node.name] > 1 else ""  # a name must be unique
+
+
+def _module_of(node: NodeProto) -> str:
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "['', '']")
+    return str(ast.literal_eval(scopes)[-2])
+
+
+def _dynamic(proto: ModelProto, conversion: Conversion) -> ModelProto:
+    """Weights int8 per output channel, activations uint8 with a scale that each call finds.
+
+    Linear layers alone: a convolution has no fast kernel for it (a ResNet-8 takes 4 times as long as in float).
+    """
+    skipped = [node.name for node in proto.graph.node if _is_skipped(node, conversion)]
+    with TemporaryDirectory() as folder:
+        target = Path(folder) / "dynamic.onnx"
+        quantize_dynamic(
+            proto,
+            target,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=skipped + [f"{name}_MatMul" for name in skipped],  # what a Gemm becomes
+        )
+        return onnx.load(target)
+
+
+def _weight_only(proto: ModelProto, conversion: Conversion) -> ModelProto:
+    """Weights packed in blocks, decoded by the operator that multiplies; see `compression.weight_only`."""
+    graph = proto.graph
+    constants = {constant.name: constant for constant in graph.initializer}
+    for node in graph.node:
+        if node.op_type not in ("Gemm", "MatMul") or node.input[1] not in constants or _is_skipped(node, conversion):
+            continue
+        x, weight, *bias = node.input
+        matrix = torch.from_numpy(numpy_helper.to_array(constants[weight]).copy())
+        is_NK = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        weight_NK = matrix if is_NK else matrix.T
+        codes_NJB, scale_NJ = encode(weight_NK, conversion.bits, conversion.block)
+        packed = codes_NJB if conversion.bits == 8 else codes_NJB[:, :, ::2] | codes_NJB[:, :, 1::2] << 4
+        tensors = {f"{weight}/codes": packed, f"{weight}/scale": scale_NJ}
+        graph.initializer.extend(numpy_helper.from_array(value.numpy(), name) for name, value in tensors.items())
+        operator = onnx.helper.make_node(
+            "MatMulNBits",
+            [x, *tensors, *(["", "", *bias] if bias else [])],  # no zero points, no order of groups
+            node.output,
+            domain=CONTRIB,
+            N=weight_NK.shape[0],
+            K=weight_NK.shape[1],
+            bits=conversion.bits,
+            block_size=conversion.block,
+            accuracy_level=INT8_ACCURACY,
+        )
+        node.CopyFrom(operator)
+    proto.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
+    return proto
+
+
+CONVERSIONS: dict[str, Callable[[ModelProto, Conversion], ModelProto]] = {
+    "dynamic": _dynamic,
+    "weight_only": _weight_only,
+}
+
+
+def _is_skipped(node: NodeProto, conversion: Conversion) -> bool:
+    module = node.name.partition("/")[0]
+    return any(f"{module}.".startswith(f"{skipped}.") for skipped in conversion.skip)
+
+
+def _pool(graph: GraphProto) -> None:
+    """The mean over height and width as the one operator for it, which the runtime also has on integers."""
+    constants = {constant.name: constant for constant in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "ReduceMean" or node.input[1] not in constants:
+            continue
+        keeps_axes = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
+        if keeps_axes and sorted(numpy_helper.to_array(constants[node.input[1]]).tolist()) in ([2, 3], [-2, -1]):
+            node.CopyFrom(onnx.helper.make_node("GlobalAveragePool", node.input[:1], node.output))
+
+
+def _strip(proto: ModelProto) -> None:
+    """Remove what describes the graph instead of being it, attributes at their default among it."""
+    graph = proto.graph
+    for owner in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        owner.ClearField("metadata_props")
+        owner.ClearField("doc_string")
+    graph.ClearField("value_info")
+    proto.ClearField("functions")
+    for node in graph.node:
+        if node.op_type not in LAYERS:
+            node.name = ""
+        needed = [attribute for attribute in node.attribute if not _is_default(node, attribute)]
+        node.ClearField("attribute")
+        node.attribute.extend(needed)
+
+
+def _is_default(node: NodeProto, attribute: AttributeProto) -> bool:
+    """Whether the runtime would assume this value, or read it from the shape of the kernel."""
+    if node.op_type == "Conv" and (
+        attribute.name == "kernel_shape" or set(attribute.ints) == CONV_DEFAULTS.get(attribute.name)
+    ):
+        return True
+    if node.domain:
+        return False
+    default = onnx.defs.get_schema(node.op_type, OPSET).attributes[attribute.name].default_value
+    has_default = default.type != AttributeProto.UNDEFINED
+    return has_default and onnx.helper.get_attribute_value(default) == onnx.helper.get_attribute_value(attribute)
+
+
+def _shorten(graph: GraphProto) -> None:
+    """Number all tensors but input and output; constants of equal value become one, unused ones go."""
+    used = {name for node in graph.node for name in node.input}
+    short: dict[str, str] = {"": "", INPUT: INPUT, OUTPUT: OUTPUT}
+    constants: dict[bytes, TensorProto] = {}
+    for constant in graph.initializer:
+        if constant.name in used:
+            name = constant.name
+            constant.name = ""
+            kept = constants.setdefault(
+                constant.SerializeToString(), TensorProto.FromString(constant.SerializeToString())
+            )
+            kept.name = kept.name or f"{len(constants):x}"
+            short[name] = kept.name
+    names = (f"{number:x}" for number in range(len(constants) + 1, 1 << 30))
+    for output in chain.from_iterable(node.output for node in graph.node):
+        if output not in short:
+            short[output] = next(names)
+    graph.ClearField("initializer")
+    graph.initializer.extend(constants.values())
+    for node in graph.node:
+        node.input[:] = [short[name] for name in node.input]
+        node.output[:] = [short[name] for name in node.output]
+
+
+def _options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    return options
+
+
+def _optimised(model: Path | bytes, level: onnxruntime.GraphOptimizationLevel) -> GraphProto:
+    with TemporaryDirectory() as folder:
+        options = _options()
+        options.graph_optimization_level = level
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath).graph
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing below an error from the exporters, which warn about packages and pre-processing nobody asked for."""
+    level, handlers = logging.root.manager.disable, list(logging.root.handlers)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        logging.root.handlers[:] = handlers  # `logging.warning` installs one

@@ -1,0 +1,49 @@
+"""What a reader of the table has to know, in words: what was lost, what is not as fast as it is small."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from espalier.export import onnx
+from espalier.export.deployed import Artifact
+
+NUM_NAMED = 3  # layers that a remark names
+
+Row = Mapping[str, Any]  # of a report
+
+
+def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_drop: float) -> str:
+    """The metric of both rows; marked where more than `max_drop`, in the metric's unit, was lost."""
+    then, now = before["metrics"][metric], after["metrics"][metric]
+    lost = then - now if mode == "max" else now - then
+    line = f"{metric} {then:.4f} -> {now:.4f}, " + (f"{lost:.4f} lost" if lost > 0 else "nothing lost")
+    return f"TOO MUCH LOST: {line}, more than task.max_drop={max_drop:g}" if lost > max_drop else line
+
+
+def agreement(metric: str, values: Mapping[str, float]) -> str:
+    """The same metric of the same network in several forms: prepared, converted, deployed."""
+    return f"{metric}: " + ", ".join(f"{form} {value:.4f}" for form, value in values.items())
+
+
+def fusion(quantized: Artifact) -> str:
+    """Which integer operators the runtime runs, or which layers it left in float."""
+    unfused = onnx.unfused(quantized.path)
+    if unfused:
+        return (
+            f"NOT FUSED, run in float by {quantized.runtime}: {', '.join(unfused[:NUM_NAMED])} ({len(unfused)} in all)"
+        )
+    integer = {name: count for name, count in onnx.operators(quantized.path).items() if onnx.is_integer(name)}
+    return "fused: " + ", ".join(f"{count} {name}" for name, count in sorted(integer.items()))
+
+
+def slower(rows: Iterable[Row], after: Row) -> Iterator[str]:
+    """A line for each of `rows` and each batch size at which `after` takes longer."""
+    for row in rows:
+        for batch_size, timed in row["latency_ms"].items():
+            ratio = after["latency_ms"][batch_size]["p50"] / timed["p50"]
+            if ratio > 1:
+                yield f"SLOWER at batch {batch_size}: {ratio:.2f}x the latency of {row['name']}"
+
+
+def most_sensitive(growth: Mapping[str, float], num: int = NUM_NAMED) -> str:
+    """The first layers of a sensitivity scan."""
+    return ", ".join(f"{layer} ({loss:+.3g})" for layer, loss in list(growth.items())[:num])

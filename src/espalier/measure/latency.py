@@ -1,0 +1,72 @@
+"""How long calls take beside each other, on a machine that does other things as well.
+
+Another process steals milliseconds from a few calls: the median of single calls does not see it, a mean would.
+Clock speed and neighbours drift over seconds: candidates take turns, so what slows one round slows all of them, and
+their ratio within a round stays.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espalier.ranges import Count
+
+WARM_UP_S = 0.1  # caches, allocators and the clock of the processor
+TURN_S = 0.02  # one candidate's part of a round: short against the drift, long against a context switch
+MIN_CALLS = 5  # of a turn; a median of fewer would be one call's luck
+MS = 1e3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a call, and how many times that of the first candidate it takes."""
+
+    p50: float
+    p95: float
+    ratio: float  # 1 for the first candidate; below 1 is faster
+
+    def to_dict(self) -> dict[str, float]:
+        """What a report holds of it."""
+        return {"p50": self.p50, "p95": self.p95}
+
+
+def compare(calls: Mapping[str, Callable[[], Any]], rounds: Count) -> dict[str, Latency]:
+    """Percentiles over all calls of each candidate; the ratio is the median over rounds of the ratio of medians.
+
+    A call has to be finished when it returns.
+    """
+    num_calls = {name: _warm_up(call) for name, call in calls.items()}
+    turns_ms: dict[str, list[NDArray[np.float64]]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            turns_ms[name].append(_turn(call, num_calls[name]))
+    medians = {name: np.array([np.median(turn) for turn in turns]) for name, turns in turns_ms.items()}
+    first = next(iter(medians.values()))
+    compared: dict[str, Latency] = {}
+    for name, turns in turns_ms.items():
+        p50, p95 = np.percentile(np.concatenate(turns), [50, 95])
+        compared[name] = Latency(float(p50), float(p95), ratio=float(np.median(medians[name] / first)))
+    return compared
+
+
+def _warm_up(call: Callable[[], Any]) -> int:
+    """Calls that make up a turn, counted while the candidate warms up."""
+    start, num_calls = perf_counter(), 0
+    while (passed := perf_counter() - start) < WARM_UP_S or num_calls < MIN_CALLS:
+        call()
+        num_calls += 1
+    return max(MIN_CALLS, round(num_calls * TURN_S / passed))
+
+
+def _turn(call: Callable[[], Any], num_calls: int) -> NDArray[np.float64]:
+    """Milliseconds of each of that many calls in a row."""
+    stamps = np.empty(num_calls + 1)
+    stamps[0] = perf_counter()
+    for place in range(num_calls):
+        call()
+        stamps[place + 1] = perf_counter()
+    return np.diff(stamps) * MS

@@ -1,0 +1,79 @@
+"""`espalier compress source=RUN compression=[...]`: shrink a trained network, measure it against its source."""
+
+from collections.abc import Iterator, Sequence
+
+from espalier.checkpoint import Checkpoint, load
+from espalier.compression import sensitivity
+from espalier.compression.base import Stage, methods, stage_of
+from espalier.errors import ConfigError
+from espalier.export import deployed, verdict
+from espalier.export.deployed import Artifact
+from espalier.measure import figures
+from espalier.ranges import Count, NonNegative
+from espalier.run import Run, is_first_rank
+from espalier.spec import Report
+
+
+def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Count], threads: Count) -> Report | None:
+    """Apply the recipe, fine-tune, export source and result to ONNX and run both on the whole test split.
+
+    A drop of the learner's metric beyond `max_drop` is marked in the report. Ranks other than the first return None.
+
+    Raises:
+        ConfigError: no source, or no recipe.
+    """
+    if run.source is None:
+        raise ConfigError("source=null: compress needs the trained RUN that it shrinks; try source=latest")
+    if not run.cfg.compression:
+        raise ConfigError(f"compression=[]: nothing to do; say compression=[METHOD,...] with {', '.join(methods())}")
+    run.record()
+    notes = list(scan_source(run)) if scan and is_first_rank() else []
+    weights = run.fit()
+    if not is_first_rank():
+        return None
+    assert weights is not None
+    artifacts = list(export(run, run.source, load("source", weights)))
+    test = run.data.loader("test", is_whole=True)
+    rows = deployed.measure(artifacts, run.learner, test, batches, threads)
+    metric = run.learner.monitor.replace("val/", "test/")
+    notes.insert(0, verdict.drop(rows[0], rows[-1], metric, run.learner.mode, max_drop))
+    notes += verdict.slower(rows[:-1], rows[-1])
+    if Stage.QUANTIZE in stages(run):
+        final, in_float = artifacts[-1], artifacts[-2].trained
+        forms = {"prepared": final.trained, "converted": final.converted}
+        values = {form: deployed.score(network, run.learner, test)[metric] for form, network in forms.items()}
+        growth = sensitivity.scan(in_float, run.data.samples(sensitivity.NUM_SAMPLES), run.loss, sensitivity.quantized)
+        notes.append(verdict.agreement(metric, {**values, final.runtime: rows[-1]["metrics"][metric]}))
+        notes.append(verdict.fusion(final))
+        notes.append(f"8 bits cost most in {verdict.most_sensitive(growth)}")
+    return run.publish(rows, notes, deployed.ratios(rows[0], rows[-1]))
+
+
+def stages(run: Run) -> set[Stage]:
+    """The kinds of methods in the recipe."""
+    return {stage_of(method.method) for method in run.compressions}
+
+
+def export(run: Run, source: Checkpoint, result: Checkpoint) -> Iterator[Artifact]:
+    """The source and the result; between them, if a recipe changes shapes and numbers, the new shape in float."""
+    folder, shape, name = run.folder / "export", run.data.spec.shape, deployed.name_of
+    network = run.network(source)
+    yield deployed.export(name(source.ledger), network, source.ledger, shape, folder / "source.onnx")
+    if {Stage.STRUCTURE, Stage.QUANTIZE} <= stages(run):
+        network, ledger = run.float_network(result)
+        yield deployed.export("the same in float", network, ledger, shape, folder / "float.onnx")
+    network = run.network(result)
+    yield deployed.export(name(result.ledger), network, result.ledger, shape, folder / "compressed.onnx")
+
+
+def scan_source(run: Run) -> Iterator[str]:
+    """Print, draw and name the layers of the source that the recipe will hurt most; one remark per kind of harm."""
+    harms = {"quantized": sensitivity.quantized} if Stage.QUANTIZE in stages(run) else {}
+    if {Stage.STRUCTURE, Stage.MASK} & stages(run) or not harms:
+        harms["pruned"] = sensitivity.pruned
+    for harm, disturb in harms.items():
+        growth = sensitivity.scan(run.model, run.data.samples(sensitivity.NUM_SAMPLES), run.loss, disturb)
+        picture = run.folder / "figures" / f"sensitivity_{harm}.png"
+        figures.sensitivity(growth, picture)
+        run.say(f"growth of the loss, one layer at a time {harm}: {verdict.most_sensitive(growth, num=10)}")
+        yield f"most sensitive to being {harm}: {verdict.most_sensitive(growth)}; all: {picture.name}"

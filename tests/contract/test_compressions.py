@@ -1,0 +1,97 @@
+"""What every compression method promises on every model. A new file in `conf/` is covered without touching this one."""
+
+import copy
+import io
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from test_options import SMALL, composed, options, run_of, word
+from torch import Tensor, nn
+
+from espalier.compression.base import conversion, finalize, methods, replay
+from espalier.errors import ConfigError
+from espalier.export import onnx
+from espalier.run import Run
+
+MODELS = options("model")
+SETTINGS = {  # for networks of a few channels
+    "low_rank": (
+        "compression.low_rank.budget=rank",
+        "compression.low_rank.keep=0.25",
+        "compression.low_rank.round_to=1",
+    ),
+    "prune_channels": ("compression.prune_channels.round_to=2",),
+}
+TOLERANCE = {"qat": 0.25, "ptq": 0.25, "weight_only": 0.05}  # of the largest logit: int8 operators round on their own
+
+
+def run_with(folder: Path, method: str, model: str) -> Run:
+    """A run that is about to apply one method to a small, briefly disturbed network."""
+    words = (f"model={model}", *SMALL.get(model, ()), word("compression", method), *SETTINGS.get(method, ()))
+    run = run_of(folder, composed(*words).copy())
+    run.__dict__["network_of"] = lambda key, reference: frozen_copy(run.model)  # the teacher: itself
+    return run
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def test_every_option_is_a_method_and_every_method_an_option():
+    assert sorted(methods()) == sorted(options("compression"))
+    assert len(methods()) >= 8
+
+
+@pytest.mark.parametrize("method", options("compression"))
+def test_an_option_owns_the_key_of_its_name_and_its_target_lies_in_the_file_of_its_name(method: str):
+    recipe = OmegaConf.to_container(composed(word("compression", method)).compression)
+    assert list(recipe) == [method]
+    target = recipe[method]["_target_"]
+    assert target.startswith(f"espalier.compression.{method}.")
+    assert "arXiv" in (import_module(target.rpartition(".")[0]).__doc__ or ""), "a method names its source"
+
+
+def through_a_file(value: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", options("compression"))
+def test_what_was_applied_is_rebuilt_to_the_last_bit_and_exported(tmp_path: Path, method: str, model: str):
+    run = run_with(tmp_path, method, model)
+    original = copy.deepcopy(run.model)
+    try:
+        [compression] = run.compressions
+        network, entry = compression.apply_to(run.model)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        assert method in str(error)
+        pytest.skip(f"not for this model: {error}")
+    x = run.data.samples(64).x
+    network.train()
+    network(x)  # observers and batch norms have seen something
+    network.eval()
+    stored = through_a_file({"weights": network.state_dict(), "ledger": [entry]})
+    fresh = replay(copy.deepcopy(original), stored["ledger"])
+    fresh.load_state_dict(stored["weights"])
+    fresh.eval()
+    assert torch.equal(logits(fresh, x), logits(network, x))
+    deployed = finalize(copy.deepcopy(fresh), stored["ledger"])
+    again = finalize(copy.deepcopy(network), [entry])
+    expected = logits(deployed, x)
+    assert torch.equal(expected, logits(again, x))
+    onnx.write(deployed, run.data.spec.shape, tmp_path / "model.onnx", conversion(stored["ledger"]))
+    exported = onnx.Session(tmp_path / "model.onnx", threads=1)(x)
+    assert (exported - expected).abs().max() <= TOLERANCE.get(method, 1e-4) * expected.abs().max()
+
+
+@torch.no_grad()
+def logits(network: nn.Module, x: Tensor) -> Tensor:
+    return network(x)

@@ -1,0 +1,62 @@
+"""Latency is compared in turns, and what disturbs a few calls does not count."""
+
+from itertools import count
+from pathlib import Path
+from time import sleep
+
+import pytest
+
+from espalier.measure import figures, latency
+from espalier.measure.latency import Latency
+
+
+def work(amount: int) -> int:
+    return sum(range(amount))
+
+
+def test_four_times_the_work_takes_about_four_times_as_long():
+    calls = {"once": lambda: work(2_000), "four times": lambda: work(8_000), "again": lambda: work(2_000)}
+    compared = latency.compare(calls, rounds=9)
+    assert list(compared) == list(calls)
+    assert compared["once"].ratio == 1
+    assert compared["four times"].ratio == pytest.approx(4, rel=0.4)
+    assert compared["again"].ratio == pytest.approx(1, rel=0.3)
+
+
+def test_a_few_slow_calls_move_the_tail_and_not_the_median():
+    calls = count()
+    compared = latency.compare({"disturbed": lambda: sleep(0.02) if next(calls) % 8 == 0 else None}, rounds=9)
+    assert compared["disturbed"].p50 < 1
+    assert compared["disturbed"].p95 > 19  # 12.5 % of calls take 20 ms
+
+
+def test_candidates_take_turns_in_each_round():
+    order: list[str] = []
+    latency.compare({name: lambda name=name: (order.append(name), sleep(0.001)) for name in "ab"}, rounds=3)
+    turns = "".join(name for name, before in zip(order, ["", *order], strict=False) if name != before)
+    assert turns == "ab" * 4  # once to warm up
+
+
+def test_a_report_holds_milliseconds():
+    assert Latency(1.5, 2.0, 0.5).to_dict() == {"p50": 1.5, "p95": 2.0}
+
+
+@pytest.mark.parametrize("step", [0, 1, 20])
+def test_the_trade_off_is_drawn_whether_rows_are_equal_or_far_apart(step: int, tmp_path: Path):
+    rows = [
+        {
+            "name": f"row{place}",
+            "metrics": {"test/loss": 0.1, "test/accuracy": 0.9 + 0.001 * step * place},
+            "latency_ms": {"1": {"p50": 0.1 + step * place, "p95": 0.2 + step * place}},
+            "size_bytes": 1000 + 10_000 * step * place,
+        }
+        for place in range(4)
+    ]
+    figures.trade_off(rows, tmp_path / "trade_off.png")
+    assert (tmp_path / "trade_off.png").stat().st_size > 10_000
+
+
+def test_sensitivity_is_drawn_for_many_layers_and_for_one(tmp_path: Path):
+    figures.sensitivity({f"layer{place}": 1 / (place + 1) for place in range(60)}, tmp_path / "many.png")
+    figures.sensitivity({"head": -0.01}, tmp_path / "one.png")
+    assert (tmp_path / "many.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 1_000
