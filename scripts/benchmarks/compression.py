@@ -79,12 +79,11 @@ def digits(folder: Path, seeds: list[int], recipes: list[str]) -> None:
         accuracies = [[row["metrics"]["test/accuracy"] for row in report["rows"]] for report in done]
         lost = [100 * (first - last) for first, *_, last in accuracies]
         mean = {name: statistics.mean(report["ratios"][name] for report in done) for name in done[0]["ratios"]}
-        print(
-            f"{recipe:24}{statistics.mean(last for *_, last in accuracies):9.4f}"
-            f"{statistics.mean(lost):8.2f} ({min(lost):5.2f} to {max(lost):5.2f}){mean['size']:7.1f}x{mean['macs']:7.1f}x"
-            f"{1 / mean['latency_1']:8.2f}x{1 / mean['latency_32']:8.2f}x",
-            flush=True,
-        )
+        accuracy = statistics.mean(last for *_, last in accuracies)
+        spread = f"{statistics.mean(lost):8.2f} ({min(lost):5.2f} to {max(lost):5.2f})"
+        smaller = f"{mean['size']:7.1f}x{mean['macs']:7.1f}x"
+        faster = f"{1 / mean['latency_1']:8.2f}x{1 / mean['latency_32']:8.2f}x"
+        print(f"{recipe:24}{accuracy:9.4f}{spread}{smaller}{faster}", flush=True)
 
 
 def compressed(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
@@ -101,6 +100,7 @@ def source(folder: Path, seed: int) -> Path:
 
 
 def report_of(target: Path, *words: str) -> dict[str, Any]:
+    """The report in a run folder, after the command that fills it if it has none."""
     file = target / "report.json"
     if not file.exists():
         subprocess.run([ESPALIER, *words, *QUIET, f"hydra.run.dir={target}"], check=True, capture_output=True)
@@ -142,10 +142,12 @@ def exported(folder: Path, name: str, *words: str) -> Path:
 
 
 def run_with(*words: str) -> Run:
+    """A run of the wide network that nobody starts."""
     return prepare(compose([*WIDE, *words, *QUIET]), [], Path("unused"), "train")
 
 
 def samples_of(run: Run) -> Tensor:
+    """Inputs for calibration."""
     return run.data.samples(256).x
 
 
@@ -157,6 +159,7 @@ def compare(files: dict[str, Path], batch_size: int) -> dict[str, latency.Latenc
 
 
 def calling(session: onnx.Session, x: Tensor) -> Any:
+    """A call to be timed."""
     return lambda: session(x)
 
 
@@ -263,6 +266,7 @@ def masks(start: Path) -> None:
 
 
 def lightning_pruning() -> ModelPruning:
+    """Lightning's callback at its defaults, but for the lottery ticket, which would set the weights back."""
     return ModelPruning("l1_unstructured", amount=0.5, parameter_names=["weight"], use_lottery_ticket_hypothesis=False)
 
 
@@ -277,16 +281,19 @@ class FirstStep(L.Callback):
 
 
 def zeros(model: nn.Module) -> float:
+    """Share of zeros in all kernels and matrices."""
     weights = [value for name, value in model.named_parameters() if value.ndim > 1]
     return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def learner_and_data(start: Path) -> tuple[Any, Any]:
+    """Of a run that starts from the trained network."""
     run = prepare(compose([f"source={start}", *QUIET]), [f"source={start}"], Path("unused"), "train")
     return run.learner, run.data
 
 
 def plain_trainer(max_epochs: int, *callbacks: L.Callback) -> L.Trainer:
+    """Lightning without anything of ours."""
     return L.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",

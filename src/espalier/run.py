@@ -280,7 +280,7 @@ class Run:
         """Name, runtime and counted cost of the network in a checkpoint file, or of the present one."""
         model = self.network(checkpoint.load("source", weights)) if weights else self.learner.model
         return {
-            "name": type(model).__name__,
+            "name": str(self.cfg.model._target_).rpartition(".")[2],
             "runtime": "torch",
             "params": cost.count_params(model),
             "nonzero": cost.count_nonzero(model),

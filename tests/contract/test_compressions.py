@@ -71,9 +71,8 @@ def test_what_was_applied_is_rebuilt_to_the_last_bit_and_exported(tmp_path: Path
         [compression] = run.compressions
         network, entry = compression.apply_to(run.model)
     except ConfigError as error:
-        assert len(str(error).splitlines()) == 1
-        assert method in str(error)
-        pytest.skip(f"not for this model: {error}")
+        [line] = str(error).splitlines()
+        pytest.skip(f"not for this model: {line}")
     x = run.data.samples(64).x
     network.train()
     network(x)  # observers and batch norms have seen something
