@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,7 +32,10 @@ TYPED = re.compile(rf"(?:{'|'.join(STARTS)})(?= |$)(?P<words>[^;|]*)")
 FENCE = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+")
 INLINE = re.compile(r"`([^`\n]+)`")
-NAMED_GROUPS = ("data", "data/augment", "model", "learner", "optimizer", "scheduler", "strategy", "callbacks", "logger")
+NAMED_GROUPS = (
+    *("data", "data/augment", "model", "learner", "optimizer", "scheduler"),
+    *("compression", "strategy", "callbacks", "logger"),
+)
 FLAGS = {"-m", "--multirun", "--traceback", "--cfg", "job", "-p"}
 
 
@@ -151,14 +155,14 @@ def test_a_documented_refusal_prints_these_lines(espalier: Command, text: str, p
 
 
 def test_the_search_for_commands_and_files_finds_them():
-    assert len(COMMANDS) > 60
-    assert len(set(COMMANDS.values())) >= 8
+    assert len(COMMANDS) > 75
+    assert len(set(COMMANDS.values())) >= 10
     assert any("-m " in words for words in COMMANDS)
     assert any("source=" in words for words in COMMANDS)
     assert any("resume=" in words for words in COMMANDS)
     assert len(REFUSED) >= 3
-    assert len([path for path in FILES if path.endswith(".py")]) == 5
-    assert len([path for path in FILES if path.endswith(".yaml")]) == 6
+    assert len([path for path in FILES if path.endswith(".py")]) == 6
+    assert len([path for path in FILES if path.endswith(".yaml")]) == 7
 
 
 @pytest.mark.usefixtures("extended")
@@ -187,6 +191,23 @@ def test_the_task_of_the_guide_reports_what_it_counts(espalier: Command):
     assert found.notes == ["only counted"]
 
 
+@pytest.mark.usefixtures("extended")
+def test_the_compression_of_the_guide_leaves_nothing_but_powers_of_two(espalier: Command):
+    assert espalier("train", "model=cnn", "model.channels=[4,8]", "trainer.max_epochs=2", *QUICK).code == 0
+    recipe = ("compression=[powers_of_two]", "compression.powers_of_two.num_exponents=5")
+    assert espalier("compress", "source=latest", *recipe, *QUICK).code == 0
+    folder = max(Path().glob("logs/compress/*"))
+    content = torch.load(folder / "checkpoints" / "compressed.ckpt", weights_only=True)
+    assert content["espalier"]["compression"] == [{"method": "powers_of_two", "num_exponents": 5}]
+    weights = [value for name, value in content["state_dict"].items() if name.endswith("weight") and value.ndim > 1]
+    assert len(weights) == 4
+    for weight in weights:
+        fraction, exponent = weight.abs().frexp()
+        assert (fraction == 0.5).all()
+        assert exponent.unique().tolist() == [*range(exponent.max() - 4, exponent.max() + 1)]
+    assert "no layer runs in integers: onnxruntime computes in float" in report.read(folder).notes
+
+
 def test_every_option_is_named_in_the_docs():
     spans = {
         word for page in PAGES for span in INLINE.findall(page.read_text()) for word in re.split(r"[ =\[\],]", span)
@@ -208,6 +229,10 @@ def test_learning_rates_in_the_docs_are_those_of_the_options():
     assert documented.keys() == set(catalog.groups()["optimizer"])
     for name, lr in documented.items():
         assert float(yaml.safe_load((catalog.CONF / "optimizer" / f"{name}.yaml").read_text())["lr"]) == lr, name
+
+
+def test_what_a_compression_may_ask_for_is_what_a_run_supplies():
+    assert {name for name, *_ in rows_of("compression_methods.md", "| argument | type")} == targets.SUPPLIED["compression"]
 
 
 @pytest.mark.parametrize("row", rows_of("models.md", "| option | network"), ids=lambda row: row[0])
@@ -247,5 +272,5 @@ def test_every_link_and_script_in_the_docs_exists():
 def test_the_readme_fits_150_lines_and_names_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) < 150
-    assert len(PAGES) >= 9
+    assert len(PAGES) >= 10
     assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []

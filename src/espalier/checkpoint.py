@@ -109,17 +109,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: they belong to another architecture.
     """
-    stored = checkpoint.weights
-    try:
-        model.load_state_dict(stored)  # torch's check: the ranges of a quantizer take the shape of what is loaded
-    except RuntimeError as error:
-        new = _misfits(model.state_dict(), stored)
-        unused = stored.keys() - model.state_dict().keys()
+    new = _misfits(model.state_dict(), checkpoint.weights)
+    unused = checkpoint.weights.keys() - model.state_dict().keys()
+    if new or unused:
         example = (new or sorted(unused))[0]
         raise ConfigError(
             f"source={checkpoint.path}: a checkpoint of another architecture; {len(new)} tensors of the model have no "
             f"counterpart and {len(unused)} are left over, such as {example}"
-        ) from error
+        )
+    model.load_state_dict(checkpoint.weights)
 
 
 def load_fitting_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:

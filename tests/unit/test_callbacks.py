@@ -20,7 +20,11 @@ from espalier.callbacks.ema import EMA
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.progress import Progress
 from espalier.callbacks.summary import Summary, parts
+from espalier.compression.captured import capture
+from espalier.compression.quantizer import OnnxRuntimeQuantizer, prepare
 from espalier.errors import ConfigError
+from espalier.measure.cost import count_macs, count_params
+from espalier.models.resnet import ResNet
 
 CONF = Path(__file__).parents[2] / "conf"
 CALLS_PER_STEP = 25  # what a watching callback may cost
@@ -406,6 +410,23 @@ def test_depth_decides_how_far_the_summary_looks_in():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 1))
     assert [part.name for part in parts(model, torch.zeros(1, 2), depth=1)] == ["", "0", "1"]
     assert [part.name for part in parts(model, torch.zeros(1, 2), depth=2)] == ["", "0", "0.0", "0.1", "1"]
+
+
+def test_the_summary_lists_no_part_that_is_neither_called_nor_has_parameters():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model[0].observer = nn.Identity()
+    assert [part.name for part in parts(model, torch.zeros(1, 2), depth=2)] == ["", "0", "1"]
+
+
+def test_the_summary_of_a_graph_lists_its_layers_without_quantizers_and_claims_no_macs_for_them():
+    network = ResNet((1, 8, 8), 10, 8, "cifar", None, 8, "relu", "batch", 0.0)
+    params = {name: count_params(module) for name, module in network.named_children()}
+    macs = count_macs(network, (1, 8, 8))
+    graph = prepare(capture(network, (1, 8, 8)), OnnxRuntimeQuantizer([]))
+    whole, *layers = parts(graph, torch.zeros(1, 1, 8, 8), depth=1)
+    assert (whole.kind, whole.macs, whole.output_shape) == ("ResNet as a graph", macs, (10,))
+    assert {part.name: part.params for part in layers} == {name: num for name, num in params.items() if num}
+    assert [part.cells[-1] for part in layers] == [""] * 3
 
 
 def test_a_fit_starts_with_the_summary(tmp_path, capsys):

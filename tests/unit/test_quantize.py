@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from espalier.compression import qat
 from espalier.compression.captured import CapturedNet, capture
-from espalier.compression.ptq import PTQ
+from espalier.compression.ptq import PTQ, linear_share
 from espalier.compression.qat import QAT, RoundedLinear, round_inputs, round_weight
 from espalier.compression.quantizer import OnnxRuntimeQuantizer, make_quantizer, prepare
 from espalier.data.loaders import Batch
@@ -431,6 +431,19 @@ def test_wrong_skips_are_refused_in_one_line(method: Callable[..., QAT | PTQ]):
         method(skip=("haed",)).require(resnet())
     with pytest.raises(ConfigError, match=rf"compression\.{name}\.skip=.*no linear layer or convolution is left"):
         method(skip=("layers", "head")).require(mlp())
+
+
+def test_dynamic_ranges_are_refused_where_most_parameters_are_those_of_convolutions():
+    cnn = CNN(SHAPE, 10, [8, 16], [32], 2, "relu", "none", 0.1)
+    convolutions, dense, head = 3 * 8 * 9 + 8 + 8 * 16 * 9 + 16, 64 * 32 + 32, 32 * 10 + 10
+    assert linear_share(cnn, ()) == pytest.approx((dense + head) / (convolutions + dense + head))
+    assert linear_share(cnn, ("layers",)) == pytest.approx(head / (convolutions + head))
+    for model in (cnn, vit(), mlp()):
+        make_ptq(mode="dynamic").require(model)
+    make_ptq(mode="static").require(resnet())
+    with pytest.raises(ConfigError, match=r"ptq\.mode=dynamic: .* hold 3% of the parameters, .* use mode=static") as caught:
+        make_ptq(mode="dynamic").require(resnet())
+    assert len(str(caught.value).splitlines()) == 1
 
 
 # Inside a fit

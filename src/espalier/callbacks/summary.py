@@ -23,21 +23,24 @@ class Part:
     kind: str
     params: int
     macs: int = 0
-    output_shape: tuple[int, ...] | None = None  # None: the part is not called as a module
+    output_shape: tuple[int, ...] | None = None
+    is_called: bool = False  # as a module; a graph may stand for it, which leaves its output and MACs unknown
 
     @property
     def cells(self) -> tuple[str, ...]:
         shape = "" if self.output_shape is None else " x ".join(map(str, self.output_shape))
-        return (self.name, self.kind, shape, si(self.params), si(self.macs))
+        return (self.name, self.kind, shape, si(self.params), si(self.macs) if self.is_called else "")
 
 
 def parts(model: nn.Module, sample: Tensor, depth: int) -> list[Part]:
     """The model and its submodules down to `depth` levels, measured on one `sample` (batch 1).
 
-    A submodule without children stands for itself at any level above.
+    A submodule without children stands for itself at any level above; one without parameters that is never called is
+    left out. A model that calls no submodule with parameters runs a graph instead, and what it does call are the
+    quantizers in that graph: left out as well.
     """
     found = {
-        path: Part(path, type(module).__name__, count_params(module))
+        path: Part(path, module._get_name(), count_params(module))
         for path, module in model.named_modules()
         if path.count(".") < depth
     }
@@ -54,7 +57,11 @@ def parts(model: nn.Module, sample: Tensor, depth: int) -> list[Part]:
                 handle.remove()
     for part in found.values():
         part.macs //= FLOPS_PER_MAC
-    return list(found.values())
+    whole, *inner = found.values()
+    layers = [part for part in inner if part.params]
+    if layers and not any(part.is_called for part in layers):
+        return [whole, *layers]
+    return [whole, *(part for part in inner if part.params or part.is_called)]
 
 
 def _note_start(part: Part, counter: Any) -> Any:
@@ -67,6 +74,7 @@ def _note_start(part: Part, counter: Any) -> Any:
 def _note_cost(part: Part, counter: Any) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         part.macs += counter.get_total_flops()
+        part.is_called = True
         if isinstance(output, Tensor):
             part.output_shape = tuple(output.shape[1:])
 

@@ -61,11 +61,16 @@ class CapturedNet(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = getattr(model, registry)
         self.training = model.training
+        self.name = model._get_name()
         self.frozen_observers = False
         self.frozen_statistics = False
         self.watched: dict[str, Tensor] = {}
         self._watched_names: tuple[str, ...] = ()
         self.run(graph)
+
+    def _get_name(self) -> str:
+        """What tables and `repr` call it."""
+        return f"{self.name} as a graph"
 
     def run(self, graph: fx.Graph, meta: dict[str, Any] | None = None) -> None:
         """Let `graph` be what `forward` runs; it reads the tensors of this module and is not registered in it."""

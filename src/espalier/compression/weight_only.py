@@ -1,8 +1,9 @@
 """Weight-only quantization: 8 or 4 bits for the weights of linear layers, each block of a row with a scale of its own.
 
-The grid is the one of ONNX Runtime's MatMulNBits, which keeps the weights packed in memory and decodes them as it
-multiplies, after it has rounded the activations to 8 bits, block by block. torchao has the same idea, but what it
-makes exports as float arithmetic on decoded weights, without such a kernel.
+Each weight takes the nearest value of a grid: the baseline of Frantar et al. 2022, arXiv 2210.17323. The grid is the
+one of ONNX Runtime's MatMulNBits, which keeps the weights packed in memory and decodes them as it multiplies, after it
+has rounded the activations to 8 bits, block by block. torchao has the same idea, but what it makes exports as float
+arithmetic on decoded weights, without such a kernel.
 
 Where it is slower than float in the same runtime, on one thread of a Xeon with VNNI, 8 bits in blocks of 32: one sample
 takes an MLP of width 64 1.3 times as long, a ViT of width 64 1.2 times, of width 192 1.1 times; of width 512 both take

@@ -81,8 +81,10 @@ def measure(
 
 
 def score(predict: Predict, learner: Learner, test: Iterable[Batch]) -> dict[str, float]:
-    """The learner's test metrics of any function from samples to outputs."""
+    """The learner's test metrics of any function from samples to outputs, in this process alone."""
     metrics = learner.new_metrics("test")
+    for metric in metrics.values():
+        metric.distributed_available_fn = lambda: False  # or it waits for the other ranks of the fit, which are gone
     with torch.no_grad():
         for batch in test:
             metrics.update(learner.predict(predict(batch.x).float()), batch.y)

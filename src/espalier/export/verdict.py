@@ -1,12 +1,16 @@
 """What a reader of the table has to know, in words: what was lost, what is not as fast as it is small."""
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from espalier.export import onnx
 from espalier.export.deployed import Artifact
+from espalier.measure.report import bytes_
 
 NUM_NAMED = 3  # layers that a remark names
+NUM_RANKED = 10  # layers that a scan lists
+NOISE = 1.05  # ratio of two latencies from which on the difference is one
 
 Row = Mapping[str, Any]  # of a report
 
@@ -25,13 +29,15 @@ def agreement(metric: str, values: Mapping[str, float]) -> str:
 
 
 def fusion(quantized: Artifact) -> str:
-    """Which integer operators the runtime runs, or which layers it left in float."""
+    """Which integer operators the runtime runs, or that it runs none, or which layers it left in float."""
     unfused = onnx.unfused(quantized.path)
     if unfused:
         return (
             f"NOT FUSED, run in float by {quantized.runtime}: {', '.join(unfused[:NUM_NAMED])} ({len(unfused)} in all)"
         )
     integer = {name: count for name, count in onnx.operators(quantized.path).items() if onnx.is_integer(name)}
+    if not integer:
+        return f"no layer runs in integers: {quantized.runtime} computes in float"
     return "fused: " + ", ".join(f"{count} {name}" for name, count in sorted(integer.items()))
 
 
@@ -40,10 +46,25 @@ def slower(rows: Iterable[Row], after: Row) -> Iterator[str]:
     for row in rows:
         for batch_size, timed in row["latency_ms"].items():
             ratio = after["latency_ms"][batch_size]["p50"] / timed["p50"]
-            if ratio > 1:
+            if ratio > NOISE:
                 yield f"SLOWER at batch {batch_size}: {ratio:.2f}x the latency of {row['name']}"
 
 
-def most_sensitive(growth: Mapping[str, float], num: int = NUM_NAMED) -> str:
+def zeros(after: Row, pruned: Artifact) -> str:
+    """What masks bring: nothing to a runtime with dense kernels, and a smaller file only where it travels packed."""
+    packed = len(zlib.compress(pruned.path.read_bytes()))
+    share = 1 - after["nonzero"] / after["params"]
+    return (
+        f"{share:.3f} of all parameters are zero; {pruned.runtime} multiplies by zeros as by anything else, "
+        f"so they save time nowhere and space where the file travels packed: {bytes_(packed)} by zlib"
+    )
+
+
+def most_sensitive(growth: Mapping[str, float]) -> str:
     """The first layers of a sensitivity scan."""
-    return ", ".join(f"{layer} ({loss:+.3g})" for layer, loss in list(growth.items())[:num])
+    return ", ".join(f"{layer} ({loss:+.3g})" for layer, loss in list(growth.items())[:NUM_NAMED])
+
+
+def ranking(growth: Mapping[str, float]) -> str:
+    """A line for each of the first layers of a sensitivity scan."""
+    return "\n".join(f"  {loss:+10.3g}  {layer}" for layer, loss in list(growth.items())[:NUM_RANKED])

@@ -38,6 +38,8 @@ def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Coun
     metric = run.learner.monitor.replace("val/", "test/")
     notes.insert(0, verdict.drop(rows[0], rows[-1], metric, run.learner.mode, max_drop))
     notes += verdict.slower(rows[:-1], rows[-1])
+    if Stage.MASK in stages(run):
+        notes.append(verdict.zeros(rows[-1], artifacts[-1]))
     if Stage.QUANTIZE in stages(run):
         final, in_float = artifacts[-1], artifacts[-2].trained
         forms = {"prepared": final.trained, "converted": final.converted}
@@ -75,5 +77,5 @@ def scan_source(run: Run) -> Iterator[str]:
         growth = sensitivity.scan(run.model, run.data.samples(sensitivity.NUM_SAMPLES), run.loss, disturb)
         picture = run.folder / "figures" / f"sensitivity_{harm}.png"
         figures.sensitivity(growth, picture)
-        run.say(f"growth of the loss, one layer at a time {harm}: {verdict.most_sensitive(growth, num=10)}")
+        run.say(f"growth of the loss, one layer at a time {harm}:\n{verdict.ranking(growth)}")
         yield f"most sensitive to being {harm}: {verdict.most_sensitive(growth)}; all: {picture.name}"
