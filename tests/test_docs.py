@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conftest import QUICK, Command
 from espalier import catalog, config, runs, targets
+from espalier.compression.base import check_recipe
 from espalier.measure import report
 from espalier.run import prepare
 from espalier.spec import Report
@@ -109,7 +110,9 @@ def options(*words: str) -> DictConfig:
 def composed(*words: str) -> DictConfig:
     """As Hydra does it: options first, then values of keys that exist."""
     values = [
-        word for word in words if not word.startswith(("+", "~")) and word.partition("=")[0] not in catalog.groups()
+        word
+        for word in words
+        if not word.startswith(("+", "~", "hydra.")) and word.partition("=")[0] not in catalog.groups()
     ]
     cfg = options(*[word for word in words if word not in values]).copy()
     for value in config.parse(values):
@@ -146,6 +149,7 @@ def test_a_documented_command_passes_the_check(text: str):
         if cfg.resume:
             cfg = runs.from_resumed(cfg, stored, trial)
         targets.check(cfg)
+        check_recipe([*cfg.compression], [])
 
 
 @pytest.mark.parametrize(("text", "printed"), REFUSED)
@@ -155,8 +159,8 @@ def test_a_documented_refusal_prints_these_lines(espalier: Command, text: str, p
 
 
 def test_the_search_for_commands_and_files_finds_them():
-    assert len(COMMANDS) > 75
-    assert len(set(COMMANDS.values())) >= 10
+    assert len(COMMANDS) > 85
+    assert len(set(COMMANDS.values())) >= 11
     assert any("-m " in words for words in COMMANDS)
     assert any("source=" in words for words in COMMANDS)
     assert any("resume=" in words for words in COMMANDS)
@@ -232,7 +236,8 @@ def test_learning_rates_in_the_docs_are_those_of_the_options():
 
 
 def test_what_a_compression_may_ask_for_is_what_a_run_supplies():
-    assert {name for name, *_ in rows_of("compression_methods.md", "| argument | type")} == targets.SUPPLIED["compression"]
+    names = {name for name, *_ in rows_of("compression_methods.md", "| argument | type")}
+    assert names == targets.SUPPLIED["compression"]
 
 
 @pytest.mark.parametrize("row", rows_of("models.md", "| option | network"), ids=lambda row: row[0])
@@ -272,5 +277,5 @@ def test_every_link_and_script_in_the_docs_exists():
 def test_the_readme_fits_150_lines_and_names_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) < 150
-    assert len(PAGES) >= 10
+    assert len(PAGES) >= 11
     assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []

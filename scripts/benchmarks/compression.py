@@ -89,7 +89,12 @@ def digits(folder: Path, seeds: list[int], recipes: list[str]) -> None:
 def compressed(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
     """The report of a recipe on the source of this seed, from a run of the command line."""
     words = (f"source={source(folder, seed)}", f"seed={seed}", *RECIPES[recipe])
-    return report_of(folder / f"{recipe.replace(' ', '_')}_{seed}", "compress", *words)
+    return report_of(run_of(folder, recipe, seed), "compress", *words)
+
+
+def run_of(folder: Path, recipe: str, seed: int) -> Path:
+    """Its run folder; Hydra would take a comma for a sweep."""
+    return folder / f"{recipe.replace(',', '+').replace(' ', '_')}_{seed}"
 
 
 def source(folder: Path, seed: int) -> Path:
@@ -103,7 +108,7 @@ def report_of(target: Path, *words: str) -> dict[str, Any]:
     """The report in a run folder, after the command that fills it if it has none."""
     file = target / "report.json"
     if not file.exists():
-        subprocess.run([ESPALIER, *words, *QUIET, f"hydra.run.dir={target}"], check=True, capture_output=True)
+        subprocess.run([ESPALIER, *words, *QUIET, f"hydra.run.dir={target}"], check=True, stdout=subprocess.DEVNULL)
     return json.loads(file.read_text())
 
 
@@ -207,7 +212,7 @@ def peers(folder: Path) -> None:
         files["torch-pruning, fine-tuned"] = torch_pruning_alone(run, stored, Path(name) / "pruned.onnx")
         for recipe in ("ptq", "qat", "prune_channels", "prune_channels,distill", "digits_small"):
             compressed(folder, 0, recipe)
-            files[f"ours: {recipe}"] = folder / f"{recipe}_0" / "export" / "compressed.onnx"
+            files[f"ours: {recipe}"] = run_of(folder, recipe, 0) / "export" / "compressed.onnx"
         x = next(iter(run.data.loader("test", 1, is_whole=True))).x
         sessions = {label: onnx.Session(file, threads=1) for label, file in files.items()}
         timed = latency.compare({label: calling(session, x) for label, session in sessions.items()}, ROUNDS)

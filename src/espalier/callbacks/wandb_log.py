@@ -44,13 +44,13 @@ class WandbLog(WandbLogger):
 
     @rank_zero_only
     def log_report(self, report: Report) -> None:
-        """Rows as a table, metrics and costs of the first row and all ratios as the summary."""
+        """Rows as a table, metrics and costs of the last row, the result, and all ratios as the summary."""
         import wandb
 
         rows = [_flat(row) for row in report.rows]
         columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(str(column)) for column in columns] for row in rows]
-        summary = {f"report/{key}": value for key, value in (rows[0] if rows else {}).items()}
+        summary = {f"report/{key}": value for key, value in (rows[-1] if rows else {}).items()}
         summary |= {f"ratio/{name}": value for name, value in report.ratios.items()}
         self.experiment.summary.update(summary)
         self.experiment.log({"report": wandb.Table(columns=columns, data=data)})

@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from espalier import compression
+from espalier.config import nearest
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 
@@ -105,6 +106,19 @@ class Compression(L.Callback):
         """`apply`, with the ledger entry complete."""
         model, entry = self.apply(model)
         return model, {"method": self.method, **entry}
+
+
+def require_modules(names: Iterable[str], model: nn.Module, key: str) -> None:
+    """Raise `ConfigError` if a name is none of a module of this network."""
+    modules = [name for name, _ in model.named_modules() if name]
+    for name in names:
+        if name not in modules:
+            raise ConfigError(f"{key}={name}: no module of this network{nearest(name, modules)}")
+
+
+def is_inside(path: str, names: Iterable[str]) -> bool:
+    """Whether a module is one of these or a part of one."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 def replay(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:

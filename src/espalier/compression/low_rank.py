@@ -18,8 +18,7 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from espalier.compression.base import Compression, Entry, Stage
-from espalier.compression.shapes import is_inside, require_modules
+from espalier.compression.base import Compression, Entry, Stage, is_inside, require_modules
 from espalier.errors import ConfigError
 from espalier.measure.cost import count_params
 from espalier.ranges import Count

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from torch import Tensor, nn
 
-from espalier.config import nearest
+from espalier.compression.base import is_inside, require_modules
 from espalier.errors import ConfigError
 
 SUFFIX = "_mask"
@@ -29,16 +29,13 @@ def prunable(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Parameter]:
         name: parameter
         for name, parameter in model.named_parameters()
         if name.rpartition(".")[2] == "weight" and parameter.ndim >= 2
-        if not any(name.startswith(f"{module}.") for module in skip)
+        if not is_inside(name, skip)
     }
 
 
 def require_prunable(model: nn.Module, skip: Sequence[str], method: str) -> None:
     """Raise `ConfigError` if `skip` names what is no module, or leaves nothing to prune."""
-    modules = [name for name, _ in model.named_modules() if name]
-    for name in skip:
-        if name not in modules:
-            raise ConfigError(f"compression.{method}.skip={name}: no module of this network{nearest(name, modules)}")
+    require_modules(skip, model, f"compression.{method}.skip")
     if not prunable(model, skip):
         raise ConfigError(f"compression.{method}.skip={list(skip)}: leaves no layer to prune; skip fewer")
 

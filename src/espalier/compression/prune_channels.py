@@ -19,8 +19,8 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from espalier import seeding
-from espalier.compression.base import Compression, Entry, Samples, Stage
-from espalier.compression.shapes import Group, Role, coupled, cut, differences, is_inside, require_modules, reshape
+from espalier.compression.base import Compression, Entry, Samples, Stage, is_inside, require_modules
+from espalier.compression.shapes import Group, Role, coupled, cut, differences, reshape
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 from espalier.measure.cost import count_macs

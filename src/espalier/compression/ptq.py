@@ -51,8 +51,8 @@ class PTQ(Compression):
         check_skip(model, self.method, self.skip)
         if self.mode == "dynamic" and (share := linear_share(model, self.skip)) < MIN_LINEAR:
             raise ConfigError(
-                f"compression.ptq.mode=dynamic: quantizes linear layers alone, and they hold {share:.0%} of the parameters, "
-                f"less than {MIN_LINEAR:.0%}; use mode=static, which quantizes convolutions too"
+                f"compression.ptq.mode=dynamic: quantizes linear layers alone, and they hold {share:.1%} of the "
+                f"parameters, less than {MIN_LINEAR:.0%}; use mode=static, which quantizes convolutions too"
             )
 
     def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.compression.base import Compression, Conversion, Entry, Stage
+from espalier.compression.base import Compression, Conversion, Entry, Stage, is_inside, require_modules
 from espalier.compression.captured import CapturedNet, capture
 from espalier.compression.quantizer import Target, convert, make_quantizer, prepare
-from espalier.config import nearest
 from espalier.errors import ConfigError
 from espalier.ranges import Share
 from espalier.spec import DataSpec
@@ -106,13 +105,7 @@ def make_entry(mode: Mode, target: Target, skip: Sequence[str], spec: DataSpec) 
 
 def check_skip(model: nn.Module, method: str, skip: Sequence[str]) -> None:
     """Raise `ConfigError` if a name in `skip` is no module, or if they leave nothing to quantize."""
-    names = [name for name, _ in model.named_modules() if name]
-    for name in skip:
-        if name not in names:
-            raise ConfigError(
-                f"compression.{method}.skip={name}: no module has this name{nearest(name, names)}; "
-                "modules have the names of their parameters, without .weight"
-            )
+    require_modules(skip, model, f"compression.{method}.skip")
     if not any(layers(model, skip)):
         raise ConfigError(
             f"compression.{method}.skip={','.join(skip)}: no linear layer or convolution is left to quantize"
@@ -122,9 +115,7 @@ def check_skip(model: nn.Module, method: str, skip: Sequence[str]) -> None:
 def layers(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers and convolutions by name, without those in the modules named `skip`."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not any(
-            f"{name}.".startswith(f"{part}.") for part in skip
-        ):
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not is_inside(name, skip):
             yield name, module
 
 

@@ -6,7 +6,7 @@ takes the same entry.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import lcm
@@ -15,8 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from espalier.config import nearest
-from espalier.errors import ConfigError
+from espalier.compression.base import is_inside
 from espalier.models.blocks import Attention
 
 Sizes = dict[str, int | list[int]]  # numbers of a module, and the shapes of its tensors
@@ -124,19 +123,6 @@ def reshape(model: nn.Module, differences: Mapping[str, Mapping[str, Any]]) -> n
             else:
                 raise ValueError(f"{path}.{name} is no size of a {type(module).__name__}")
     return model
-
-
-def require_modules(names: Iterable[str], model: nn.Module, key: str) -> None:
-    """Raise `ConfigError` if a name is none of a module of this network."""
-    modules = [name for name, _ in model.named_modules() if name]
-    for name in names:
-        if name not in modules:
-            raise ConfigError(f"{key}={name}: no module of this network{nearest(name, modules)}")
-
-
-def is_inside(path: str, names: Iterable[str]) -> bool:
-    """Whether a module is one of these or a part of one."""
-    return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 def _group(

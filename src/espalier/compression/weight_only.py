@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.compression.base import Compression, Conversion, Entry, Stage
-from espalier.config import nearest
+from espalier.compression.base import Compression, Conversion, Entry, Stage, is_inside, require_modules
 from espalier.errors import ConfigError
 
 STAGE = Stage.QUANTIZE
@@ -59,12 +58,7 @@ class WeightOnly(Compression):
         self.skip = skip
 
     def require(self, model: nn.Module) -> None:
-        modules = [name for name, _ in model.named_modules() if name]
-        for name in self.skip:
-            if name not in modules:
-                raise ConfigError(
-                    f"compression.weight_only.skip={name}: no module of this network{nearest(name, modules)}"
-                )
+        require_modules(self.skip, model, "compression.weight_only.skip")
         num_weights = sum(layer.weight.numel() for layer in linear_layers(model, self.skip).values())
         num_params = sum(parameter.numel() for parameter in model.parameters())
         if num_weights < MIN_SHARE * num_params:
@@ -88,7 +82,7 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
-        if not any(f"{name}.".startswith(f"{module}.") for module in skip)
+        if not is_inside(name, skip)
     }
 
 

@@ -75,12 +75,12 @@ def markdown(report: Report) -> str:
 
 
 def trials(finished: Sequence[Trial]) -> Table:
-    """One row per trial: the overrides that differ between trials, key metrics of its report, how it ended."""
+    """One row per trial: the overrides that differ, key metrics of the last row of its report, how it ended."""
     folders = [folder for folder, _, _ in finished]
     overrides = [dict(word.split("=", 1) for word in words if "=" in word) for _, words, _ in finished]
     reports = [read(folder) if (folder / JSON_NAME).exists() else None for folder in folders]
     changing = [key for key in _keys(overrides) if len({chosen.get(key) for chosen in overrides}) > 1]
-    measured = [done.rows[0].get("metrics", {}) if done and done.rows else {} for done in reports]
+    measured = [done.rows[-1].get("metrics", {}) if done and done.rows else {} for done in reports]
     columns: Columns = {"trial": [folder.name for folder in folders]}
     columns |= {key: [chosen.get(key, MISSING) for chosen in overrides] for key in changing}
     metrics = _keys(measured)[:MAX_METRICS]
