@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from espalier.compression import masks
+from espalier.compression.base import replay
 from espalier.data.loaders import Batch
-from espalier.export import deployed, verdict
+from espalier.export import deployed, onnx, verdict
 from espalier.learners.classifier import Classifier
 from espalier.models.mlp import MLP
 from espalier.spec import DataSpec
@@ -61,6 +62,19 @@ def test_masks_count_as_zeros_and_are_gone_from_the_file(tmp_path: Path):
     assert measured["params"] - measured["nonzero"] == 16
     assert "0.239 of all parameters are zero" in verdict.zeros(measured, artifact)
     assert "weight_mask" in dict(model.layers.linear1.named_buffers()), "the trained network keeps its masks"
+
+
+def test_a_dynamic_network_is_scored_sample_by_sample_so_that_no_sample_changes_another(tmp_path: Path):
+    torch.manual_seed(0)
+    model = MLP((4,), 3, [64], "relu", "none", 0.0)
+    ledger = [{"method": "qat", "mode": "dynamic", "target": "onnxruntime", "skip": [], "input_shape": [4]}]
+    artifact = deployed.export("qat", replay(model, ledger), ledger, (4,), tmp_path / "model.onnx")
+    session = onnx.Session(artifact.path, threads=1)
+    x = torch.randn(1, 4)
+    beside_a_giant = torch.cat([x, torch.full((1, 4), 1000.0)])
+    alone = session(x)
+    assert not torch.allclose(session(beside_a_giant)[:1], alone), "one range per call"
+    assert torch.equal(deployed.predictor(artifact, session)(beside_a_giant)[:1], alone)
 
 
 def test_ratios_say_how_many_times_smaller_and_faster():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.compression.base import Entry, conversion, finalize, without_teacher
+from espalier.compression.base import Conversion, Entry, conversion, finalize, without_teacher
 from espalier.data.loaders import Batch
 from espalier.export import onnx
 from espalier.learners.learner import Learner
@@ -28,6 +28,7 @@ class Artifact:
     name: str
     trained: nn.Module  # masks and quantizers in place: what parameters, zeros and MACs are counted in
     converted: nn.Module  # what was exported
+    conversion: Conversion | None  # what the exporter did beyond it
     path: Path
     runtime: str = RUNTIME
 
@@ -48,8 +49,9 @@ def export(
     trained, ledger = without_teacher(trained, ledger)
     converted = finalize(copy.deepcopy(trained), ledger)
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.write(converted, input_shape, path, conversion(ledger))
-    return Artifact(name, trained.eval(), converted, path)
+    left = conversion(ledger)
+    onnx.write(converted, input_shape, path, left)
+    return Artifact(name, trained.eval(), converted, left, path)
 
 
 def measure(
@@ -62,7 +64,7 @@ def measure(
         {
             "name": artifact.name,
             "runtime": artifact.runtime,
-            "metrics": score(session, learner, test),
+            "metrics": score(predictor(artifact, session), learner, test),
             "params": cost.count_params(artifact.trained),
             "nonzero": cost.count_nonzero(artifact.trained),
             "macs": cost.count_macs(artifact.trained, shape),
@@ -78,6 +80,13 @@ def measure(
         for row, timed in zip(rows, latency.compare(calls, rounds=ROUNDS).values(), strict=True):
             row["latency_ms"][str(batch_size)] = timed.to_dict()
     return rows
+
+
+def predictor(artifact: Artifact, session: onnx.Session) -> Predict:
+    """The session; sample by sample if activations get one range per call, or a sample's output depends on the rest."""
+    if artifact.conversion and artifact.conversion.kind == "dynamic":
+        return lambda x: torch.cat([session(sample) for sample in x.split(1)])
+    return session
 
 
 def score(predict: Predict, learner: Learner, test: Iterable[Batch]) -> dict[str, float]:

@@ -42,7 +42,7 @@ def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Coun
         notes.append(verdict.zeros(rows[-1], artifacts[-1]))
     if Stage.QUANTIZE in stages(run):
         final, in_float = artifacts[-1], artifacts[-2].trained
-        forms = {"prepared": final.trained, "converted": final.converted}
+        forms = {"prepared": final.trained} | ({} if final.conversion else {"converted": final.converted})
         values = {form: deployed.score(network, run.learner, test)[metric] for form, network in forms.items()}
         growth = sensitivity.scan(in_float, run.data.samples(sensitivity.NUM_SAMPLES), run.loss, sensitivity.quantized)
         notes.append(verdict.agreement(metric, {**values, final.runtime: rows[-1]["metrics"][metric]}))
