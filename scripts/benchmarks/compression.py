@@ -9,11 +9,14 @@ interleaved with those of the source. `digits` keeps finished runs in --folder a
 """
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -261,13 +264,32 @@ def masks(start: Path) -> None:
         watch = FirstStep()
         plain_trainer(4, lightning_pruning(), watch).fit(learner, data, ckpt_path=Path(name) / "epoch=1.ckpt")
         print(f"{'Lightning ModelPruning, first step after resume':48}{watch.zeros:15.3f}")
-        ours = Path(name) / "ours"
         words = ("compression=[prune_magnitude]", "compression.prune_magnitude.sparsity=0.5", "trainer.max_epochs=4")
-        report_of(ours, "compress", f"source={start}", *words)
-        state = torch.load(ours / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
-        pruned = [state[key.removesuffix("_mask")] for key in state if key.endswith("_mask")]
-        share = sum(int((weight == 0).sum()) for weight in pruned) / sum(weight.numel() for weight in pruned)
-        print(f"{'ours, after 4 epochs and after resume':48}{share:15.3f}")
+        whole, killed = Path(name) / "whole", Path(name) / "killed"
+        report_of(whole, "compress", f"source={start}", *words)
+        print(f"{'ours, after 4 epochs':48}{zeros_of(whole):15.3f}")
+        kill_after_two_epochs(
+            [ESPALIER, "compress", f"source={start}", *words, *QUIET, f"hydra.run.dir={killed}"], killed
+        )
+        subprocess.run([ESPALIER, "compress", f"resume={killed}"], check=True, stdout=subprocess.DEVNULL)
+        print(f"{'ours, killed after 2 epochs and resumed':48}{zeros_of(killed):15.3f}")
+
+
+def kill_after_two_epochs(command: list[str], run: Path) -> None:
+    """Start it, and kill -9 it as soon as its log holds the second validation."""
+    log = run / "metrics.csv"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+            time.sleep(0.05)
+        process.kill()
+    assert not (run / "report.json").exists(), "it had finished"
+
+
+def zeros_of(run: Path) -> float:
+    """Share of zeros in the pruned weights of the best checkpoint."""
+    state = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    pruned = [state[name.removesuffix("_mask")] for name in state if name.endswith("_mask")]
+    return 1 - sum(int(weight.count_nonzero()) for weight in pruned) / sum(weight.numel() for weight in pruned)
 
 
 def lightning_pruning() -> ModelPruning:
@@ -294,7 +316,8 @@ def zeros(model: nn.Module) -> float:
 def learner_and_data(start: Path) -> tuple[Any, Any]:
     """Of a run that starts from the trained network."""
     run = prepare(compose([f"source={start}", *QUIET]), [f"source={start}"], Path("unused"), "train")
-    return run.learner, run.data
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run.learner, run.data
 
 
 def plain_trainer(max_epochs: int, *callbacks: L.Callback) -> L.Trainer:
