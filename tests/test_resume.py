@@ -181,3 +181,13 @@ def test_a_run_that_crashed_before_its_first_checkpoint_says_so(espalier: Comman
     done = espalier("train", f"resume={run_in(tmp_path)}")
     assert done.code == 2
     assert "holds no checkpoint (checkpoints/last.ckpt)" in done.err.splitlines()[-1]
+
+
+def test_the_last_checkpoint_is_that_of_the_last_epoch_also_if_none_of_them_got_better(
+    espalier: Command, tmp_path: Path
+):
+    words = ("model=mlp", "model.hidden=[16]", "optimizer.lr=1e-12", "trainer.max_epochs=3")
+    assert espalier("train", *words, "callbacks=[checkpoint]", "logger=[csv]").code == 0
+    checkpoints = run_in(tmp_path) / "checkpoints"
+    steps = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in checkpoints.iterdir()}
+    assert steps == {"best": NUM_BATCHES, "last": 3 * NUM_BATCHES}

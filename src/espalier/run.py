@@ -266,7 +266,7 @@ class Run:
         """Save the weights of a training that ended before its first validation; None where nothing is to be saved."""
         if self.trainer.checkpoint_callback is None:
             return None
-        last = self.folder / "checkpoints" / RESUMED[0]
+        last: Path = self.trainer.strategy.broadcast(self.folder / "checkpoints" / RESUMED[0])  # the first rank's
         self.trainer.save_checkpoint(last)
         return last
 
@@ -376,6 +376,8 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
         source = _load("source", cfg.source, EVALUATED) if task == "compress" else None
     check(cfg)
     _check_devices(cfg.trainer)
+    if cfg.compression and (OmegaConf.is_dict(cfg.trainer.strategy) or "fsdp" in str(cfg.trainer.strategy)):
+        raise ConfigError("trainer.strategy: a recipe needs whole weights on each device; use strategy=ddp or ddp_cpu")
     if not resumed:
         check_recipe(_methods(cfg.compression), source.ledger if source else [])
     return Run(cfg, words, folder, task, source, resumed)

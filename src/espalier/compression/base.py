@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import lightning as L
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from espalier import compression
@@ -84,8 +83,6 @@ class Compression(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or self.is_applied or not self.trains:
             return
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise ConfigError(f"compression.{self.method}: needs whole weights on each device; use strategy=ddp")
         is_first, model = trainer.is_global_zero, pl_module.model
         assert isinstance(model, nn.Module)
         entry: Entry = {}
