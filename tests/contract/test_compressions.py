@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,49 @@ def test_what_was_applied_is_rebuilt_to_the_last_bit_and_exported(tmp_path: Path
     onnx.write(deployed, run.data.spec.shape, tmp_path / "model.onnx", conversion(stored["ledger"]))
     exported = onnx.Session(tmp_path / "model.onnx", threads=1)(x)
     assert (exported - expected).abs().max() <= TOLERANCE.get(method, 1e-4) * expected.abs().max()
+
+
+REBUILT = """
+import sys
+from pathlib import Path
+import torch
+from espalier.compression.base import replay
+from espalier.config import compose
+from espalier.run import prepare
+
+for file in map(Path, sys.argv[1:]):
+    stored = torch.load(file, weights_only=True)
+    words = [*stored["words"], "callbacks=[]", "logger=[]"]
+    model = replay(prepare(compose(words), words, file.parent, "train").model, stored["ledger"])
+    model.load_state_dict(stored["weights"])
+    with torch.no_grad():
+        torch.save(model.eval()(stored["x"]), file.with_suffix(".logits"))
+assert "torch_pruning" not in sys.modules
+"""
+
+
+def test_every_method_is_rebuilt_in_a_new_process_to_the_last_bit(tmp_path: Path):
+    expected = {}
+    for method in options("compression"):
+        model = "vit" if method == "weight_only" else "resnet"
+        run = run_with(tmp_path, method, model)
+        [compression] = run.compressions
+        network, entry = compression.apply_to(run.model)
+        x = run.data.samples(64).x
+        network.train()
+        network(x)
+        expected[method] = logits(network.eval(), x)
+        stored = {
+            "words": [f"model={model}", *SMALL[model]],
+            "ledger": [entry],
+            "weights": network.state_dict(),
+            "x": x,
+        }
+        torch.save(stored, tmp_path / f"{method}.pt")
+    files = [str(tmp_path / f"{method}.pt") for method in expected]
+    subprocess.run([sys.executable, "-c", REBUILT, *files], check=True)
+    found = {method: torch.load(tmp_path / f"{method}.logits", weights_only=True) for method in expected}
+    assert [method for method in expected if not torch.equal(found[method], expected[method])] == []
 
 
 @torch.no_grad()
