@@ -318,7 +318,8 @@ class Run:
             for logger in self.loggers:
                 log_report(logger, done)
             report.write(done, self.folder)  # last: a folder with a report is a finished run
-            Console().print(report.table(done))
+            console = Console()
+            console.print(report.table(done, console.width))
             self.say(f"report: {self.folder / report.MARKDOWN_NAME}")
         return done
 

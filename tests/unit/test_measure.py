@@ -183,6 +183,15 @@ def test_durations_read_like_a_clock(seconds, text):
     assert report.duration(seconds) == text
 
 
+def test_a_wide_terminal_gets_one_table():
+    metrics = {f"test/metric_{number}": 0.5 for number in range(12)}
+    wide = Report("train", "run", None, 0, [{**sample_report().rows[0], "metrics": metrics}])
+    headers = [line for line in shown(report.table(wide, 400), width=400).splitlines() if "metric_0" in line]
+    assert len(headers) == 1
+    assert "metric_11" in headers[0]
+    assert "MACs" in headers[0]
+
+
 def test_the_table_of_trials_shows_what_differs_and_how_each_ended(tmp_path):
     done = tmp_path / "0"
     done.mkdir()

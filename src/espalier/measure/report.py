@@ -19,7 +19,7 @@ from espalier.spec import Report
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
-TABLE_WIDTH = 80  # a terminal that nobody resized; wider tables are split in two
+TABLE_WIDTH = 80  # a terminal that nobody resized; wider tables are split
 MAX_METRICS = 3  # in the table of a multirun, beside the overrides; the rest is in each trial's report
 MISSING = "-"
 DONE = "done"
@@ -47,14 +47,15 @@ def read(folder: Path) -> Report:
     return Report(**stored)
 
 
-def table(report: Report) -> RenderableType:
-    """Rows are artifacts, columns are metrics and costs; several tables where one would not fit 80 columns."""
+def table(report: Report, width: int = TABLE_WIDTH) -> RenderableType:
+    """Rows are artifacts, columns are metrics and costs; several tables where one would be wider than `width`."""
     metrics, costs = _columns(report)
     names = {"": metrics.pop("")}
+    is_split = _width({**names, **metrics, **costs}) > width  # then metrics and costs do not share a table
     grids: list[Columns] = [{}]
     for header, cells in [*metrics.items(), *costs.items()]:
-        starts_costs = header in costs and not grids[-1].keys() & costs.keys() and _width(metrics | costs) > TABLE_WIDTH
-        if starts_costs or _width({**names, **grids[-1], header: cells}) > TABLE_WIDTH:
+        starts_costs = header in costs and not grids[-1].keys() & costs.keys() and is_split
+        if starts_costs or _width({**names, **grids[-1], header: cells}) > width:
             grids.append({})
         grids[-1][header] = cells
     remarks = [Text(line, style="dim") for line in _remarks(report)]
