@@ -44,7 +44,7 @@ from espalier.errors import ConfigError
 from espalier.export import deployed
 from espalier.learners.learner import Learner
 from espalier.measure import cost, figures, provenance, report
-from espalier.spec import Report
+from espalier.spec import DataSpec, Report
 from espalier.targets import check
 
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -95,9 +95,8 @@ class Run:
 
     @cached_property
     def _start(self) -> tuple[nn.Module, list[Entry]]:
-        spec = self.data.spec
         torch.manual_seed(seeding.key(self.cfg.seed))
-        model: nn.Module = _build("model", self.cfg.model, input_shape=spec.shape, num_outputs=spec.num_outputs)
+        model = _new_model(self.cfg.model, self.data.spec)
         if self.resumed:  # its weights are loaded by Lightning
             return replay(model, self.resumed.ledger), self.resumed.ledger
         if self.source is None:
@@ -156,20 +155,16 @@ class Run:
 
     def network(self, stored: Checkpoint) -> nn.Module:
         """The network of a checkpoint as it was trained: masks, adapters and quantizers in place."""
-        model = replay(self._fresh(stored), stored.ledger)
+        model = replay(_new_model(OmegaConf.create(stored.config["model"]), stored.spec), stored.ledger)
         checkpoint.load_weights(model, stored)
         return model
 
     def float_network(self, stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
         """The same weights without the quantizers, and the ledger of that."""
         ledger = [entry for entry in stored.ledger if stage_of(entry["method"]) < Stage.QUANTIZE]
-        model = replay(self._fresh(stored), ledger)
+        model = replay(_new_model(OmegaConf.create(stored.config["model"]), stored.spec), ledger)
         checkpoint.load_fitting_weights(model, stored)
         return model, ledger
-
-    def _fresh(self, stored: Checkpoint) -> nn.Module:
-        spec, node = stored.spec, OmegaConf.create(stored.config["model"])
-        return _build("model", node, input_shape=spec.shape, num_outputs=spec.num_outputs)
 
     @cached_property
     def learner(self) -> Learner:
@@ -282,9 +277,7 @@ class Run:
         return {
             "name": str(self.cfg.model._target_).rpartition(".")[2],
             "runtime": "torch",
-            "params": cost.count_params(model),
-            "nonzero": cost.count_nonzero(model),
-            "macs": cost.count_macs(model, self.data.spec.shape),
+            **cost.counts(model, self.data.spec.shape),
             **({"size_bytes": cost.size_bytes(weights)} if weights else {}),
         }
 
@@ -421,6 +414,10 @@ def _check_devices(trainer: DictConfig) -> None:
         raise ConfigError(f"trainer.devices={wanted}: this machine has {limit} {'GPUs' if on_gpu else 'CPU cores'}")
     if trainer.sync_batchnorm and not on_gpu:
         raise ConfigError("trainer.sync_batchnorm=true: torch synchronises batch norm on GPUs only; set it to false")
+
+
+def _new_model(node: DictConfig, spec: DataSpec) -> nn.Module:
+    return _build("model", node, input_shape=spec.shape, num_outputs=spec.num_outputs)
 
 
 def _build(key: str, node: DictConfig, **supplied: Any) -> Any:

@@ -62,7 +62,7 @@ class Compression(L.Callback):
     """
 
     trains: ClassVar[bool] = True  # False: applied to the trained network, after the fit
-    ledger: list[Entry]  # of the run; `recipe` sets it
+    ledger: list[Entry]  # of the run, which sets it
     is_applied = False  # a resumed run has replayed it already
 
     @property

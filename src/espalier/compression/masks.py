@@ -66,6 +66,18 @@ def fold(model: nn.Module) -> None:
         delattr(model.get_submodule(path), leaf + SUFFIX)
 
 
+def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+    """Masks that keep everything, for those of a checkpoint to be loaded into."""
+    attach(model, entry["names"])
+    return model
+
+
+def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+    """The network with its zeros, without masks."""
+    fold(model)
+    return model
+
+
 def sparsity(tensors: Iterable[Tensor]) -> float:
     """Share of entries that are zero or False, over all tensors together; counted."""
     tensors = list(tensors)

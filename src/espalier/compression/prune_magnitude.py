@@ -5,7 +5,7 @@ With `rewind` it finds a lottery ticket: Frankle and Carbin 2019, arXiv 1803.036
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -19,6 +19,8 @@ from espalier.errors import ConfigError
 from espalier.ranges import Count, Rate, Share
 
 STAGE = Stage.MASK
+
+replay, finalize = masks.replay, masks.finalize
 log = logging.getLogger(__name__)
 
 
@@ -152,15 +154,3 @@ class PruneMagnitude(masks.KeepMasks, Compression):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ticket = state_dict["ticket"]
-
-
-def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Masks that keep everything, for those of a checkpoint to be loaded into."""
-    masks.attach(model, entry["names"])
-    return model
-
-
-def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network with its zeros, without masks."""
-    masks.fold(model)
-    return model

@@ -4,7 +4,7 @@ Once, by magnitude, then training goes on: Mishra et al. 2021, arXiv 2104.08378,
 input channels, at the same position of a kernel, as cuSPARSELt reads a convolution: the inner dimension of the product.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -17,6 +17,8 @@ from espalier.errors import ConfigError
 from espalier.ranges import Count, Share
 
 STAGE = Stage.MASK
+
+replay, finalize = masks.replay, masks.finalize
 
 
 def keep_nm(weight: Tensor, n: int, m: int) -> Tensor:
@@ -77,15 +79,3 @@ class PruneNM(masks.KeepMasks, Compression):
         keeps = [keep_nm(masks.magnitude(weight, mask), self.n, self.m) for weight, mask in self.pairs]
         if masks.prune(self.pairs, keeps):
             masks.forget_best(trainer)
-
-
-def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Masks that keep everything, for those of a checkpoint to be loaded into."""
-    masks.attach(model, entry["names"])
-    return model
-
-
-def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network with its zeros, without masks."""
-    masks.fold(model)
-    return model

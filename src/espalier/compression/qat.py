@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espalier.compression.base import Compression, Conversion, Entry, Stage, is_inside, require_modules
 from espalier.compression.captured import CapturedNet, capture
-from espalier.compression.quantizer import Target, convert, make_quantizer, prepare
+from espalier.compression.quantizer import MIN_SCALE, Target, convert, make_quantizer, prepare
 from espalier.errors import ConfigError
 from espalier.ranges import Share
 from espalier.spec import DataSpec
@@ -26,7 +26,6 @@ STAGE = Stage.QUANTIZE
 Mode = Literal["static", "dynamic"]  # ranges of activations: fixed beforehand, or found at run time
 
 BITS = 8
-MIN_SCALE = 2**-14  # of a layer whose weights or inputs are all zero
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

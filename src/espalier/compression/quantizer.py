@@ -78,7 +78,7 @@ MOVES = {  # values that only change their place keep their scale
 }
 DROPOUTS = {ATEN.dropout.default, ATEN.dropout_.default, ATEN.feature_dropout.default}
 CALIBRATION_BATCH = 64
-MIN_SCALE = 2**-14  # as torch sets it in training
+MIN_SCALE = 2**-14  # of values that are all zero; as torch sets it in training
 ANNOTATION = "quantization_annotation"  # where torchao looks
 
 

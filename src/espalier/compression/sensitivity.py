@@ -69,10 +69,9 @@ def quantized(layer: nn.Module) -> Iterator[None]:
         weight.copy_(before)
 
 
-def round_weight(weight: Tensor, bits: int = 8) -> Tensor:
-    """The nearest values of a symmetric grid of `2**bits - 1` steps per output channel (dimension 0)."""
-    most = 2 ** (bits - 1) - 1
-    scale = (weight.abs().flatten(1).amax(1) / most).clamp(min=EPS).view(-1, *[1] * (weight.ndim - 1))
+def round_weight(weight: Tensor) -> Tensor:
+    """The nearest of the 255 values between minus and plus the largest magnitude of an output channel (dimension 0)."""
+    scale = (weight.abs().flatten(1).amax(1) / 127).clamp(min=EPS).view(-1, *[1] * (weight.ndim - 1))
     return (weight / scale).round() * scale
 
 

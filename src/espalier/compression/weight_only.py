@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from espalier.compression.base import Compression, Conversion, Entry, Stage, is_inside, require_modules
 from espalier.errors import ConfigError
+from espalier.measure.cost import count_params
 
 STAGE = Stage.QUANTIZE
 MIN_SHARE = 0.1  # of the parameters; a convolutional network's head is less, and the file would be as large as before
@@ -60,7 +61,7 @@ class WeightOnly(Compression):
     def require(self, model: nn.Module) -> None:
         require_modules(self.skip, model, "compression.weight_only.skip")
         num_weights = sum(layer.weight.numel() for layer in linear_layers(model, self.skip).values())
-        num_params = sum(parameter.numel() for parameter in model.parameters())
+        num_params = count_params(model)
         if num_weights < MIN_SHARE * num_params:
             raise ConfigError(
                 f"compression.weight_only.skip={list(self.skip)}: linear layers outside it hold "

@@ -62,7 +62,7 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Keyed order, augmented, whole global batches only; behind the batches that a resumed run has done."""
-        self._training = self._loader("train", self.batch_size, True, self._place())
+        self._training = self._loader("train", self.batch_size, self._place(), is_training=True)
         if self._resumed:
             self._training.load_state_dict(self._resumed)
             self._resumed = None
@@ -80,7 +80,8 @@ class DataModule(L.LightningDataModule):
         Each rank gets its part, on its device; `is_whole` gives all of it to this process, on the CPU.
         """
         place = (0, 1, torch.device("cpu")) if is_whole else self._place()
-        return self._loader(split, batch_size or self.batch_size, False, place)
+        size = self.batch_size if batch_size is None else batch_size
+        return self._loader(split, size, place, is_training=False)
 
     def samples(self, num: int) -> Batch:
         """At most `num` random training samples, normalised, not augmented; the same in each call and on each rank."""
@@ -109,7 +110,7 @@ class DataModule(L.LightningDataModule):
         """Nothing to do: loaders build batches on the device, and Lightning's search for tensors takes longer."""
         return batch if batch.x.device == device else Batch(*(value.to(device) for value in batch))
 
-    def _loader(self, split: Split, batch_size: int, is_training: bool, place: Place) -> Loader:
+    def _loader(self, split: Split, batch_size: int, place: Place, is_training: bool) -> Loader:
         data: Samples | Reader = getattr(self.splits, split)
         rank, world_size, device = place
         order = Order(len(data), batch_size, self.seed if is_training else None, rank, world_size)

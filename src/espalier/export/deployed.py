@@ -65,9 +65,7 @@ def measure(
             "name": artifact.name,
             "runtime": artifact.runtime,
             "metrics": score(predictor(artifact, session), learner, test),
-            "params": cost.count_params(artifact.trained),
-            "nonzero": cost.count_nonzero(artifact.trained),
-            "macs": cost.count_macs(artifact.trained, shape),
+            **cost.counts(artifact.trained, shape),
             "size_bytes": artifact.size_bytes,
             "latency_ms": {},
         }

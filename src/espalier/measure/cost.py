@@ -36,6 +36,15 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     return counter.get_total_flops() // FLOPS_PER_MAC
 
 
+def counts(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """Parameters, non-zeros and multiply-accumulates, by the names they have in a report."""
+    return {
+        "params": count_params(model),
+        "nonzero": count_nonzero(model),
+        "macs": count_macs(model, input_shape),
+    }
+
+
 @contextmanager
 def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
     """Evaluation mode, no gradients, and every operation visible to a FLOP counter; all restored afterwards.
