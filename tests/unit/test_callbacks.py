@@ -132,7 +132,7 @@ def composed(folder: Path, *words: str) -> DictConfig:
 
 def test_options_compose_as_a_list_and_each_owns_its_name(tmp_path):
     cfg = composed(tmp_path, "callbacks=[default,ema,early_stopping]", "callbacks.checkpoint.save_top_k=3")
-    assert list(cfg.callbacks) == ["checkpoint", "last", "progress", "summary", "monitor", "ema", "early_stopping"]
+    assert list(cfg.callbacks) == ["checkpoint", "progress", "summary", "monitor", "ema", "early_stopping"]
     assert cfg.callbacks.checkpoint.save_top_k == 3
 
 
@@ -148,17 +148,17 @@ def test_every_option_builds_and_says_in_its_first_line_what_it_is(tmp_path):
         assert (CONF / "callbacks" / f"{option}.yaml").read_text().startswith("# ")
     names = [option for option in options if option not in {"default", "none"}]
     cfg = composed(tmp_path, f"callbacks=[{','.join(names)}]")
-    assert sorted(cfg.callbacks) == sorted([*names, "last"])  # which comes with checkpoint
+    assert sorted(cfg.callbacks) == names
     for name, node in cfg.callbacks.items():
-        supplied = {"early_stopping": {"monitor": "val/loss"}, "last": {"dirpath": tmp_path}}.get(name, {})
+        best = {"monitor": "val/loss", "mode": "min", "dirpath": tmp_path}
+        supplied = {"early_stopping": {"monitor": "val/loss"}, "checkpoint": best}.get(name, {})
         assert isinstance(instantiate(node, **supplied, _convert_="all"), L.Callback)
 
 
 def test_best_and_last_are_kept_under_these_names_alone(tmp_path):
-    nodes = composed(tmp_path).callbacks
-    folder = tmp_path / "checkpoints"
-    best = instantiate(nodes.checkpoint, dirpath=folder, monitor="val/loss", mode="min", _convert_="all")
-    trainer(tmp_path, best, instantiate(nodes.last, dirpath=folder), max_epochs=3).fit(Net(), Batches(2), Batches(1))
+    node = composed(tmp_path).callbacks.checkpoint
+    keeper = instantiate(node, dirpath=tmp_path / "checkpoints", monitor="val/loss", mode="min", _convert_="all")
+    trainer(tmp_path, keeper, max_epochs=3).fit(Net(), Batches(2), Batches(1))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
