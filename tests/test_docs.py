@@ -19,7 +19,7 @@ from conftest import QUICK, Command
 from espalier import catalog, config, runs, targets
 from espalier.compression.base import check_recipe
 from espalier.measure import report
-from espalier.run import prepare
+from espalier.prepare import MAY_CHANGE, prepare
 from espalier.spec import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")  # epochs are short here
@@ -108,7 +108,8 @@ def options(*words: str) -> DictConfig:
 
 
 def composed(*words: str) -> DictConfig:
-    """As Hydra does it: options first, then values of keys that exist."""
+    """As Hydra does it: options first, then values of keys that exist; several RUNs are one word."""
+    words = tuple(re.sub("^source=(.*,.*)", r"source='\1'", word) for word in words)
     values = [
         word
         for word in words
@@ -145,7 +146,7 @@ def test_a_documented_command_passes_the_check(text: str):
         assert "-p" not in flags or any(name in cfg for name in flags)
         stored = OmegaConf.to_container(composed("task=train"), resolve=True)
         if cfg.source:
-            cfg = runs.from_source(cfg, stored, trial, may_change=task == "train")
+            cfg = runs.from_source(cfg, stored, trial, may_change=MAY_CHANGE.get(task, ()))
         if cfg.resume:
             cfg = runs.from_resumed(cfg, stored, trial)
         targets.check(cfg)

@@ -36,7 +36,8 @@ from espalier.compression.base import finalize
 from espalier.config import compose
 from espalier.export import deployed, onnx
 from espalier.measure import latency
-from espalier.run import Run, prepare
+from espalier.prepare import prepare
+from espalier.run import Run
 
 ESPALIER = str(Path(sys.executable).parent / "espalier")
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,monitor]")

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from espalier import config
-from espalier.run import prepare
+from espalier.prepare import prepare
 
 BATCH, STEPS, WARM_EPOCHS, EPOCHS = 64, 128, 1, 2
 

@@ -8,7 +8,7 @@ Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it 
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from espalier import runs
 from espalier.compression.base import Entry
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec
@@ -64,6 +65,11 @@ def load(key: str, path: Path) -> Checkpoint:
     if not described or content["espalier"].get("version") != VERSION:
         raise ConfigError(f"{key}={path}: not a checkpoint of this version of espalier; train it with: espalier train")
     return Checkpoint(path, content)
+
+
+def load_run(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
+    """The first of `names` among the checkpoints of a RUN, as `load` reads it."""
+    return load(key, runs.checkpoint_in(key, runs.find(key, reference), names))
 
 
 def _read(key: str, path: Path) -> Any:

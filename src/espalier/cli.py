@@ -123,14 +123,19 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
     from espalier import runs
 
     settled = list(words)
+    task = next((word.removeprefix("task=") for word in words if word.startswith("task=")), "")
+    holds = runs.BUNDLE if task in runs.TAKES_BUNDLE else "report.json" if task == "report" else "checkpoints"
     for place, word in enumerate(words):
         key, _, value = word.partition("=")
-        if key in ("source", "resume") and value not in ("", "null"):
+        if key == "resume" and value not in ("", "null"):
             path = runs.find(key, value.strip("'\"")).resolve()
-            if key == "resume":
-                path = path.parent.parent if path.is_file() else path
-                settled.append(f"hydra.run.dir='{path}'")
+            path = path.parent.parent if path.is_file() else path
             settled[place] = f"{key}='{path}'"
+            settled.append(f"hydra.run.dir='{path}'")
+        if key == "source" and value not in ("", "null"):
+            paths = [runs.find(key, run, holds).resolve() for run in runs.split(value.strip("'\""))]
+            between = "," if task in runs.TAKES_SEVERAL else "','"  # else Hydra is told of a sweep, and asks for -m
+            settled[place] = f"{key}='{between.join(map(str, paths))}'"
     if _rank() > 0:
         settled.append("hydra/job_logging=none")
         if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
@@ -192,7 +197,7 @@ def _job(cfg: "DictConfig") -> float | None:
     objective: float | None = None
     error: Exception | None = None
     try:
-        from espalier.run import prepare
+        from espalier.prepare import prepare
 
         objective = prepare(cfg, words, folder, task=str(job.runtime.choices["task"])).perform()
     except EspalierError as reason:

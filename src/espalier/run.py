@@ -3,7 +3,6 @@
 import inspect
 import json
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from espalier import checkpoint, runs, seeding
+from espalier import checkpoint, seeding
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
@@ -31,17 +30,16 @@ from espalier.compression.base import (
     Compression,
     Entry,
     Stage,
-    check_recipe,
     finalize,
     replay,
     stage_of,
     without_teacher,
 )
 from espalier.compression.masks import KeepMasks
-from espalier.config import check_lists
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError
 from espalier.export import deployed
+from espalier.export.bundle import Bundle
 from espalier.learners.learner import Learner
 from espalier.measure import cost, figures, provenance, report
 from espalier.spec import DataSpec, Report
@@ -60,7 +58,6 @@ for not_for_users in (
 
 COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
 EVALUATED = (COMPRESSED, "best.ckpt", "last.ckpt")  # what `source=FOLDER` means, in this order
-FORKING = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # Lightning's strategies that return nothing but weights
 RESUMED = ("last.ckpt",)
 TAKES_RECIPE = ("train", "compress")
 
@@ -73,14 +70,25 @@ class Run:
     words: Sequence[str]  # of the command line
     folder: Path
     task: str
-    source: Checkpoint | None = None
+    sources: Sequence[Checkpoint | Bundle] = ()  # what it starts from; benchmark takes several
     resumed: Checkpoint | None = None
+
+    @property
+    def source(self) -> Checkpoint | None:
+        """The trained network that this run starts from."""
+        return self.sources[0] if self.sources and isinstance(self.sources[0], Checkpoint) else None
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """The exported network that this run uses, where that is all there is."""
+        return self.sources[0] if self.sources and isinstance(self.sources[0], Bundle) else None
 
     @cached_property
     def data(self) -> DataModule:
         data: DataModule = _build("data", self.cfg.data, seed=self.cfg.seed)
-        if self.source and self.task != "train":
-            _require_same_data("source", data, self.source)
+        if self.task != "train":
+            for source in self.sources:
+                require_same_data("source", data, source)
         return data
 
     @cached_property
@@ -148,9 +156,9 @@ class Run:
         """
         if reference == "source" and not self.cfg.source:
             raise ConfigError(f"{key}=source: this run starts from no source; name the RUN of the teacher")
-        stored = _load(key, self.cfg.source if reference == "source" else reference, EVALUATED)
+        stored = checkpoint.load_run(key, self.cfg.source if reference == "source" else reference, EVALUATED)
         check(OmegaConf.create({"model": stored.config["model"]}), untrusted=True)
-        _require_same_data(key, self.data, stored)
+        require_same_data(key, self.data, stored)
         return finalize(self.network(stored), stored.ledger).requires_grad_(False)
 
     def network(self, stored: Checkpoint) -> nn.Module:
@@ -304,7 +312,7 @@ class Run:
         self, rows: list[dict[str, Any]], notes: Sequence[str], ratios: dict[str, float] | None = None
     ) -> Report:
         """Report what was measured: files, figures, loggers, and the table that the user sees."""
-        source = str(self.source.path) if self.source else None
+        source = str(self.sources[0].path) if self.sources else None
         done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, list(notes))
         if is_first_rank():
             self._draw(rows)
@@ -321,9 +329,9 @@ class Run:
         folder.mkdir(exist_ok=True)
         if (self.folder / "metrics.csv").exists() and self.task in TAKES_RECIPE:
             figures.curves(self.folder / "metrics.csv", folder / "curves.png")
-        if len(rows) > 1:
+        if self.task == "compress":
             figures.trade_off(rows, folder / "trade_off.png")
-        tables = self.learner.measured.get("test", {})
+        tables = self.learner.measured.get("test", {}) if "learner" in self.__dict__ else {}
         if "test/confusion_KK" in tables:
             names = self.data.spec.class_names
             figures.confusion_matrix(tables["test/confusion_KK"], names, folder / "confusion.png")
@@ -342,78 +350,14 @@ def is_first_rank() -> bool:
     return getattr(rank_zero_only, "rank", None) in (None, 0)
 
 
-def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> Run:
-    """Settle what comes from other runs, check everything that can be checked, and return the run; nothing is built.
-
-    Raises:
-        ConfigError: one line per problem.
-    """
-    check_lists(words)
-    if cfg.resume and task not in TAKES_RECIPE:
-        raise ConfigError(f"resume={cfg.resume}: only what trains resumes; {task} takes source=RUN")
-    if cfg.compression and task not in TAKES_RECIPE:
-        raise ConfigError(
-            f"compression=[{','.join(cfg.compression)}]: {task} measures; say espalier compress source=RUN"
-        )
-    if cfg.source and cfg.resume:
-        raise ConfigError(f"source={cfg.source}: a resumed run has its weights already; drop source or resume")
-    source = resumed = None
-    if cfg.source:
-        source = _load("source", cfg.source, EVALUATED)
-        check(OmegaConf.create({group: source.config[group] for group in runs.NETWORK}), untrusted=True)
-        cfg = runs.from_source(cfg, source.config, words, may_change=task == "train")
-    if cfg.resume:
-        resumed = _load("resume", cfg.resume, RESUMED)
-        check(OmegaConf.create(resumed.config), untrusted=True)
-        cfg = runs.from_resumed(cfg, resumed.config, words)
-        task = str(cfg.task._target_).rpartition(".")[2]  # goes on as what it was
-        source = _load("source", cfg.source, EVALUATED) if task == "compress" else None
-    check(cfg)
-    _check_devices(cfg.trainer)
-    if cfg.compression and (OmegaConf.is_dict(cfg.trainer.strategy) or "fsdp" in str(cfg.trainer.strategy)):
-        raise ConfigError("trainer.strategy: a recipe needs whole weights on each device; use strategy=ddp or ddp_cpu")
-    if not resumed:
-        check_recipe(_methods(cfg.compression), source.ledger if source else [])
-    return Run(cfg, words, folder, task, source, resumed)
-
-
-def _methods(recipe: DictConfig) -> list[str]:
-    """The file of each method; its key may have any name."""
-    return [str(node._target_).split(".")[-2] for node in recipe.values()]
-
-
-def _require_same_data(key: str, data: DataModule, source: Checkpoint) -> None:
+def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -> None:
+    """Raise `ConfigError` if samples or classes are not those that the source was trained with."""
     now, then = data.spec, source.spec
     if (now.shape, now.class_names) != (then.shape, then.class_names):
         raise ConfigError(
             f"{key}={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
             f"but data is {now.name} {now.shape} with {now.num_outputs}"
         )
-
-
-def _load(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
-    return checkpoint.load(key, runs.checkpoint_in(key, runs.find(key, reference), names))
-
-
-def _check_devices(trainer: DictConfig) -> None:
-    """Refuse what this machine does not have, and what would lose results, before Lightning starts processes."""
-    if str(trainer.strategy).startswith(FORKING):
-        raise ConfigError(
-            f"trainer.strategy={trainer.strategy}: its processes keep what they measure; use strategy=ddp or ddp_cpu"
-        )
-    wants_gpu = trainer.accelerator in ("gpu", "cuda")
-    num_gpus = torch.cuda.device_count()
-    if wants_gpu and not num_gpus:
-        raise ConfigError(
-            f"trainer.accelerator={trainer.accelerator}: this machine has no GPU; use strategy=cpu or ddp_cpu"
-        )
-    on_gpu = wants_gpu or (trainer.accelerator == "auto" and num_gpus)
-    limit = num_gpus if on_gpu else max(2, os.cpu_count() or 1)  # two processes share one core, for tests
-    wanted = trainer.devices if isinstance(trainer.devices, int) else 1
-    if wanted > limit or wanted == 0:
-        raise ConfigError(f"trainer.devices={wanted}: this machine has {limit} {'GPUs' if on_gpu else 'CPU cores'}")
-    if trainer.sync_batchnorm and not on_gpu:
-        raise ConfigError("trainer.sync_batchnorm=true: torch synchronises batch norm on GPUs only; set it to false")
 
 
 def _new_model(node: DictConfig, spec: DataSpec) -> nn.Module:

@@ -14,24 +14,39 @@ from espalier.config import parse
 from espalier.errors import ConfigError
 
 LOGS = Path("logs")
+BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
+TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
+TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
+READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
 NETWORK = ("data", "model", "learner")  # what decides which weights fit
 
 
-def find(key: str, run: str) -> Path:
-    """The run folder or checkpoint file that `run` names; `latest` is the newest finished run that has weights.
+def split(source: str) -> list[str]:
+    """The RUNs of `A,B,C`; a path that exists is one, commas and all."""
+    return [source] if Path(source).exists() else source.split(",")
+
+
+def find(key: str, run: str, holds: str | Path = "checkpoints") -> Path:
+    """The run folder or checkpoint file that `run` names; `latest` is the newest finished run in which `holds` lies.
 
     Raises:
         ConfigError: there is none; the message starts with `key`.
     """
     if run == "latest":
-        finished = [report.parent for report in LOGS.rglob("report.json") if (report.parent / "checkpoints").is_dir()]
+        finished = [report.parent for report in LOGS.rglob("report.json") if (report.parent / holds).exists()]
         if not finished:
-            raise ConfigError(f"{key}=latest: no finished run below {LOGS.resolve()}; start one with: espalier train")
+            verb = "export source=RUN" if holds == BUNDLE else "train"
+            raise ConfigError(f"{key}=latest: no finished run below {LOGS.resolve()}; start one with: espalier {verb}")
         return max(finished, key=lambda folder: (folder / "report.json").stat().st_mtime)
     path = Path(run)
     if not path.exists():
         raise ConfigError(f"{key}={run}: no such run folder or checkpoint file")
     return path
+
+
+def bundle_in(path: Path) -> Path | None:
+    """The folder of the bundle that a path stands for: itself, or that of a run that exported; None if neither."""
+    return next((file.parent for file in (path / BUNDLE.name, path / BUNDLE) if file.is_file()), None)
 
 
 def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
@@ -48,10 +63,12 @@ def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
     raise ConfigError(f"{key}={path}: holds no checkpoint ({' or '.join(f'checkpoints/{name}' for name in names)})")
 
 
-def from_source(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str], *, may_change: bool) -> DictConfig:
+def from_source(
+    cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str], *, may_change: Sequence[str]
+) -> DictConfig:
     """`cfg` with data, model and learner of the source; knobs of the data stay open.
 
-    `may_change` (warm start, transfer learning) lets the command line, or an experiment, choose others.
+    Groups in `may_change` (warm start, transfer learning) may be others if the command line, or an experiment, says so.
 
     Raises:
         ConfigError: the command line changes one of them although the source decides it.
@@ -61,14 +78,15 @@ def from_source(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]
     fixed = [
         f"{word.input_line}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
         for word in overrides
-        if _group(word) in NETWORK and not (word.key_or_group.startswith(("data.", "data/")) or may_change)
+        if _group(word) in NETWORK
+        and not (word.key_or_group.startswith(("data.", "data/")) or _group(word) in may_change)
     ]
     if fixed:
         raise ConfigError(*fixed)
     result = cfg.copy()
     with open_dict(result):
         for group in NETWORK:
-            if not (may_change and {group, "experiment"} & chosen):
+            if not (group in may_change and {group, "experiment"} & chosen):
                 result[group] = stored[group]
                 for word in overrides:
                     if word.key_or_group.startswith(f"{group}."):

@@ -99,7 +99,7 @@ from pathlib import Path
 import torch
 from espalier.compression.base import replay
 from espalier.config import compose
-from espalier.run import prepare
+from espalier.prepare import prepare
 
 for file in map(Path, sys.argv[1:]):
     stored = torch.load(file, weights_only=True)

@@ -16,7 +16,8 @@ from PIL import Image
 from espalier import catalog, config, targets
 from espalier.data.hub_images import HubImages
 from espalier.errors import ConfigError
-from espalier.run import Run, prepare
+from espalier.prepare import prepare
+from espalier.run import Run
 
 NUM_OPTIONS = {  # at least; a search that finds nothing proves nothing
     **{

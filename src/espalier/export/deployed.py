@@ -81,10 +81,18 @@ def measure(
 
 
 def predictor(artifact: Artifact, session: onnx.Session) -> Predict:
-    """The session; sample by sample if activations get one range per call, or a sample's output depends on the rest."""
-    if artifact.conversion and artifact.conversion.kind == "dynamic":
-        return lambda x: torch.cat([session(sample) for sample in x.split(1)])
-    return session
+    """The session, sample by sample where it has to be."""
+    return one_by_one(session) if is_dynamic(artifact.conversion) else session
+
+
+def is_dynamic(conversion: Conversion | None) -> bool:
+    """Whether ONNX Runtime gives the activations one range per call, so that a sample's output depends on the rest."""
+    return conversion is not None and conversion.kind == "dynamic"
+
+
+def one_by_one(session: Predict) -> Predict:
+    """The same function, called with one sample at a time."""
+    return lambda x: torch.cat([session(sample) for sample in x.split(1)])
 
 
 def score(predict: Predict, learner: Learner, test: Iterable[Batch]) -> dict[str, float]:

@@ -27,11 +27,14 @@ class Latency:
 
     p50: float
     p95: float
+    p99: float
     ratio: float  # 1 for the first candidate; below 1 is faster
+    calls_per_second: float  # one after the other: the median over rounds
+    num_calls: int  # that were timed
 
     def to_dict(self) -> dict[str, float]:
         """What a report holds of it."""
-        return {"p50": self.p50, "p95": self.p95}
+        return {"p50": self.p50, "p95": self.p95, "p99": self.p99}
 
 
 def compare(calls: Mapping[str, Callable[[], Any]], rounds: Count) -> dict[str, Latency]:
@@ -48,13 +51,22 @@ def compare(calls: Mapping[str, Callable[[], Any]], rounds: Count) -> dict[str, 
     first = next(iter(medians.values()))
     compared: dict[str, Latency] = {}
     for name, turns in turns_ms.items():
-        p50, p95 = np.percentile(np.concatenate(turns), [50, 95])
-        compared[name] = Latency(float(p50), float(p95), ratio=float(np.median(medians[name] / first)))
+        calls_ms = np.concatenate(turns)
+        p50, p95, p99 = (float(value) for value in np.percentile(calls_ms, [50, 95, 99]))
+        compared[name] = Latency(
+            p50,
+            p95,
+            p99,
+            ratio=float(np.median(medians[name] / first)),
+            calls_per_second=float(np.median([MS / turn.mean() for turn in turns])),
+            num_calls=len(calls_ms),
+        )
     return compared
 
 
 def _warm_up(call: Callable[[], Any]) -> int:
     """Calls that make up a turn, counted while the candidate warms up."""
+    call()  # the first one may compile for seconds, and says nothing about the next
     start, num_calls = perf_counter(), 0
     while (passed := perf_counter() - start) < WARM_UP_S or num_calls < MIN_CALLS:
         call()

@@ -29,7 +29,7 @@ Trial = tuple[Path, Sequence[str], str]  # run folder, its overrides `key=value`
 
 def write(report: Report, folder: Path) -> None:
     """`report.json` and `report.md` in `folder`, each either whole or untouched."""
-    text = json.dumps(_finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
     _replace(folder / JSON_NAME, text + "\n")
     _replace(folder / MARKDOWN_NAME, markdown(report))
 
@@ -205,12 +205,12 @@ def _grid(columns: Mapping[str, Sequence[str]]) -> Table:
     return grid
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,0 +1,95 @@
+"""Whether an exported file answers as the network that it was made from, from raw values to labels.
+
+Both sides get the same raw samples. One way is training's: torch normalises, the network answers. The other way is the
+server's: numpy normalises, a runtime answers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.data.loaders import Reader, Samples
+from espalier.data.prepare import Normalise
+from espalier.export.deployed import Predict
+from espalier.export.preprocess import normalise
+from espalier.learners.learner import Learner
+
+BATCH_SIZE = 64
+MISMATCH = "MISMATCH"  # opens the remark about a format that does not pass
+METRIC_EPS = 1e-4  # a metric is a sum of float32 values in another order
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two forms of a network agree on `num_samples` samples."""
+
+    num_samples: int
+    max_difference: float  # of a logit
+    same_label: float  # share of samples with equal arg-max; 1.0 for a regression
+    metric: str
+    eager: float  # the metric of the network in torch
+    exported: float  # and of the file in its runtime
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as bundles store it; null stands for a difference that is no number."""
+        return {**asdict(self), "max_difference": self.max_difference if isfinite(self.max_difference) else None}
+
+    def to_metrics(self) -> dict[str, float]:
+        """What the report shows."""
+        return {self.metric: self.exported, "same label": self.same_label, "max difference": self.max_difference}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a file must keep of the network that it was made from."""
+
+    is_exact: bool  # float32 all through: only rounding may differ
+    tolerance: float  # of a logit, where exact
+    agreement: float  # least share of equal labels, or of the metric of a regression, where numbers are rounded
+
+    def problem(self, found: Parity) -> str | None:
+        """What was not kept, in words; None where all was."""
+        least = 1.0 if self.is_exact else self.agreement
+        if not isfinite(found.max_difference):
+            return "answers with numbers that are not finite"
+        if self.is_exact and found.max_difference > self.tolerance:
+            return f"differs from torch by {found.max_difference:.2g}, more than task.tolerance={self.tolerance:g}"
+        if found.same_label < least:
+            num_other = round((1 - found.same_label) * found.num_samples)
+            return f"gives {num_other} of {found.num_samples} samples another label ({least:.1%} must agree)"
+        if abs(found.exported - found.eager) > (1 - least) * abs(found.eager) + METRIC_EPS:
+            return f"changes {found.metric} from {found.eager:.4f} to {found.exported:.4f}"
+        return None
+
+
+def compare(eager: Predict, exported: Predict, learner: Learner, samples: Samples | Reader) -> Parity:
+    """Run both on every raw sample; `eager` and `exported` take normalised samples (B, ...) on the CPU."""
+    spec, metric = learner.spec, learner.monitor.replace("val/", "test/")
+    metrics = [learner.new_metrics("test"), learner.new_metrics("test")]
+    in_torch = Normalise(spec, torch.device("cpu"))
+    difference, num_same, num_samples = torch.zeros(()), 0, 0
+    with torch.no_grad():
+        for raw, y_B in _batches(samples):
+            ours_BK = eager(in_torch(raw)).float()
+            theirs_BK = exported(torch.from_numpy(normalise(spec, raw.numpy()))).float()
+            difference = torch.maximum(difference, (ours_BK - theirs_BK).abs().max())  # unlike max(), it keeps a NaN
+            num_same += int((ours_BK.argmax(1) == theirs_BK.argmax(1)).sum())
+            num_samples += len(y_B)
+            for values, output_BK in zip(metrics, (ours_BK, theirs_BK), strict=True):
+                values.update(learner.predict(output_BK), y_B)
+    of_eager, of_exported = (float(values.compute()[metric]) for values in metrics)
+    return Parity(num_samples, float(difference), num_same / num_samples, metric, of_eager, of_exported)
+
+
+def _batches(samples: Samples | Reader) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(samples), BATCH_SIZE):
+        stop = min(start + BATCH_SIZE, len(samples))
+        if isinstance(samples, Samples):
+            yield samples.x[start:stop], samples.y[start:stop]
+        else:
+            batch = samples.__getitems__(list(range(start, stop)))
+            yield batch.x, batch.y

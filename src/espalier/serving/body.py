@@ -1,0 +1,68 @@
+"""The body of a request, read within a limit of bytes and of time, whatever the client claims."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from espalier.serving.refused import ClientGone, Refused
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+BODIES = 8  # of the largest allowed size, that may be held at once while they come in
+
+
+class BodyReader:
+    """Reads bodies of up to `max_bytes`, each within `time_limit_s`."""
+
+    def __init__(self, max_bytes: int, time_limit_s: float) -> None:
+        self.max_bytes = max_bytes
+        self.time_limit_s = time_limit_s
+        self._held_bytes = 0  # of bodies that are not whole yet
+
+    async def read(self, declared: bytes, receive: Receive) -> bytes:
+        """The whole body; `declared` is the header `content-length`, empty where there is none.
+
+        Raises:
+            Refused: it is too long (413), too slow (408), or too many others are coming in (503).
+            ClientGone: the connection broke.
+        """
+        if declared and int(declared) > self.max_bytes:
+            raise self._too_long(f"{int(declared)} bytes")
+        try:
+            async with asyncio.timeout(self.time_limit_s):
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                if message["more_body"]:
+                    return await self._rest(message["body"], receive)
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {self.time_limit_s:g} s; send it faster") from None
+        body: bytes = message["body"]
+        if len(body) > self.max_bytes:
+            raise self._too_long("more")
+        return body
+
+    async def _rest(self, start: bytes, receive: Receive) -> bytes:
+        parts, size, more = [start], len(start), True
+        self._held_bytes += size
+        try:
+            while more:
+                if size > self.max_bytes:
+                    raise self._too_long("more")
+                if self._held_bytes > BODIES * self.max_bytes:
+                    raise Refused(503, "overloaded: too many long bodies come in at once; try again later")
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part, more = message["body"], message["more_body"]
+                parts.append(part)
+                size += len(part)
+                self._held_bytes += len(part)
+            if size > self.max_bytes:
+                raise self._too_long("more")
+            return b"".join(parts)
+        finally:
+            self._held_bytes -= size
+
+    def _too_long(self, given: str) -> Refused:
+        return Refused(413, f"the body has {given}, a request may have {self.max_bytes}; send fewer samples at a time")

@@ -1,0 +1,174 @@
+"""From the body of a request to raw samples, or to one sentence that says what is wrong with it.
+
+Nothing of a request is executed, opened as a path or fetched: numbers come as JSON, pictures as their bytes.
+Letters: B batch.
+"""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from PIL import Image
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import FormParser, parse_options_header
+
+from espalier.export.preprocess import raw_of
+from espalier.serving.refused import Refused
+from espalier.spec import DataSpec
+
+PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # decoders that may run; Pillow has riskier ones
+PICTURE_TYPES = frozenset(f"image/{name.lower()}" for name in PICTURES)
+MAX_PIXELS = 16_000_000  # of all pictures of a request: a file of a few kB can claim any number
+MAX_MESSAGE = 200  # letters of somebody else's error in ours
+NUMBERS = "iuf"  # numpy's kinds: integers and floats
+
+Raw = NDArray[np.float32]
+
+
+def from_json(body: bytes) -> list[Any]:
+    """The items of `{"inputs": [...]}`.
+
+    Raises:
+        Refused: the body is something else.
+    """
+    try:
+        content = orjson.loads(body)
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON: {str(error)[:MAX_MESSAGE]}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("inputs"), list):
+        raise Refused(422, 'the body must be an object with a list: {"inputs": [sample, ...]}')
+    if len(content) > 1:
+        raise Refused(422, 'the body has other keys beside "inputs"; nothing else is allowed')
+    return content["inputs"]
+
+
+def require_count(num_samples: int, most: int) -> None:
+    """Raise `Refused` unless there is at least one sample, and no more than may wait."""
+    if not num_samples:
+        raise Refused(422, "there is no sample in the request; send at least one")
+    if num_samples > most:
+        raise Refused(413, f"{num_samples} samples in one request, at most {most} are allowed; split them")
+
+
+def has_pictures(items: Sequence[Any]) -> bool:
+    """Whether an item is an object, and thus no array."""
+    return any(isinstance(item, dict) for item in items)
+
+
+def arrays(spec: DataSpec, items: Sequence[Any]) -> Raw:
+    """Raw samples (B, *shape) of nested lists of numbers.
+
+    Raises:
+        Refused: a list is ragged, of another shape, or holds something other than finite numbers.
+    """
+    try:
+        given = np.array(items)
+    except (ValueError, OverflowError):
+        given = np.empty(0, dtype=object)
+    if given.shape[1:] != spec.shape or given.dtype.kind not in NUMBERS:
+        raise _misfit(spec, items)
+    with np.errstate(over="ignore"):
+        raw = given.astype(np.float32)
+    if not np.isfinite(raw).all():
+        raise Refused(422, "a number is too large for 32 bits; only finite numbers are allowed")
+    return raw
+
+
+def mixed(spec: DataSpec, items: Sequence[Any]) -> Raw:
+    """Raw samples (B, *shape) of items that are arrays or `{"image": "base64 of a picture file"}`."""
+    files = [_base64(item, f"inputs[{place}]") for place, item in enumerate(items) if isinstance(item, dict)]
+    decoded = iter(pictures(spec, files))
+    return np.concatenate(
+        [next(decoded)[None] if isinstance(item, dict) else arrays(spec, [item]) for item in items]
+    )
+
+
+def form(content_type: bytes, body: bytes, most: int) -> list[bytes]:
+    """The files of a `multipart/form-data` body.
+
+    Raises:
+        Refused: it is damaged, has other fields, or too many files.
+    """
+    files: list[bytes] = []
+
+    def keep(file: Any) -> None:
+        require_count(len(files) + 1, most)
+        file.file_object.seek(0)
+        files.append(file.file_object.read())
+
+    def refuse(field: Any) -> None:
+        raise Refused(422, "the form has a field that is no file; send picture files alone")
+
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise Refused(400, "the content type multipart/form-data names no boundary")
+    try:
+        limits = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # so that no file goes to the disk
+        parser = FormParser("multipart/form-data", refuse, keep, boundary=boundary, config=limits)
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise Refused(400, f"the form is damaged: {str(error)[:MAX_MESSAGE]}") from None
+    require_count(len(files), most)
+    return files
+
+
+def pictures(spec: DataSpec, files: Sequence[bytes]) -> Raw:
+    """Raw samples (B, *shape) of picture files.
+
+    Raises:
+        Refused: one cannot be read, all together are too large, or the network does not take pictures.
+    """
+    if not spec.is_image or spec.shape[0] not in (1, 3):
+        raise Refused(422, f"this network takes numbers of shape {list(spec.shape)}, not pictures")
+    num_pixels = 0
+    raw = []
+    for place, data in enumerate(files):
+        try:
+            with Image.open(BytesIO(data), formats=PICTURES) as image:
+                num_pixels += image.width * image.height
+                _require_pixels(num_pixels)
+                raw.append(raw_of(spec, image))
+        except Refused:
+            raise
+        except Image.DecompressionBombError:
+            _require_pixels(MAX_PIXELS + 1)
+        except Exception:  # decoders raise whatever a damaged file makes them stumble on
+            allowed = ", ".join(PICTURES)
+            raise Refused(422, f"picture {place} cannot be read; whole files of {allowed} are allowed") from None
+    return np.stack(raw)
+
+
+def _require_pixels(num_pixels: int) -> None:
+    if num_pixels > MAX_PIXELS:
+        raise Refused(413, f"the pictures have more than {MAX_PIXELS} pixels in all; send smaller or fewer ones")
+
+
+def _base64(item: dict[str, Any], where: str) -> bytes:
+    text = item.get("image")
+    if len(item) != 1 or not isinstance(text, str):
+        raise Refused(422, f'{where}: an object must be {{"image": "base64 of a picture file"}}')
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refused(422, f"{where}.image: not base64") from None
+
+
+def _misfit(spec: DataSpec, items: Sequence[Any]) -> Refused:
+    """Which sample is wrong, and how."""
+    allowed = f"each sample must be numbers of shape {list(spec.shape)}"
+    for place, item in enumerate(items):
+        try:
+            given = np.array(item)
+        except (ValueError, OverflowError):
+            return Refused(422, f"inputs[{place}]: rows of different lengths, or nested too deep; {allowed}")
+        if given.dtype.kind not in NUMBERS and given.size:
+            return Refused(422, f"inputs[{place}]: something that is no number; {allowed}")
+        if given.shape != spec.shape:
+            return Refused(422, f"inputs[{place}]: shape {list(given.shape)}; {allowed}")
+    return Refused(422, allowed)

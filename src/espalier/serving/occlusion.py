@@ -1,0 +1,42 @@
+"""Which parts of an input a prediction rests on: cover one after the other and see how far the output falls.
+
+Zeiler and Fergus 2014, section 4.2, arxiv.org/abs/1311.2901. It needs no gradient, so it runs in any runtime.
+Letters: N covered copies, C channels, H height, W width, F features.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espalier.spec import DataSpec
+
+STEPS = 8  # windows along a side of an image, each a quarter of the side: they overlap, so the map is smooth
+
+
+def covered(spec: DataSpec, raw: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Copies (N, *shape) of a raw sample, a part of each set to the mean of the training data, and which part: (N, H, W).
+
+    Of a tabular sample (F,), copy n lacks feature n.
+    """
+    masks = _windows(*spec.shape[1:]) if spec.is_image else np.eye(spec.shape[0], dtype=np.bool_)
+    fill = np.array(spec.mean, dtype=np.float32) * np.float32(spec.scale)
+    if spec.is_image:
+        return np.where(masks[:, None], fill[:, None, None], raw[None]), masks
+    return np.where(masks, fill, raw[None]), masks
+
+
+def heat(drops: NDArray[np.float32], masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Map (H, W) or (F,): how far the output fell, on average over the copies that lacked this place."""
+    times = masks.sum(axis=0)
+    return np.tensordot(drops, masks.astype(np.float32), axes=1) / np.maximum(times, 1)
+
+
+def _windows(height: int, width: int) -> NDArray[np.bool_]:
+    """Windows that reach over the border, so that pixels there are covered as often as those in the middle."""
+    rows, columns = _spans(height), _spans(width)
+    return np.array([np.outer(row, column) for row in rows for column in columns])
+
+
+def _spans(side: int) -> list[NDArray[np.bool_]]:
+    stride = max(1, round(side / STEPS))
+    places = np.arange(side)
+    return [(places >= start) & (places < start + 2 * stride) for start in range(-stride, side, stride)]

@@ -1,0 +1,129 @@
+"""`espalier export source=RUN task.format=[onnx,...]`: a network as files for a runtime, checked, in a bundle."""
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from espalier.compression.base import Conversion, Entry, Stage, conversion, finalize, stage_of, without_teacher
+from espalier.errors import ConfigError
+from espalier.export import bundle, deployed, formats, onnx, parity, preprocess
+from espalier.measure import cost, provenance, report
+from espalier.ranges import Count, Positive, Rate
+from espalier.run import Run
+from espalier.spec import Report
+
+Format = Literal["onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino", "safetensors"]
+
+
+def export(
+    run: Run,
+    format: Sequence[Format],
+    precision: Literal["fp32", "bf16"],
+    tolerance: Positive,
+    agreement: Rate,
+    allow_mismatch: bool,
+    threads: Count,
+) -> Report:
+    """Write the deployable network in each format, run each beside torch on the test split, bundle what agrees.
+
+    A mismatch ends the task without a bundle, unless `allow_mismatch`; then the report is marked.
+
+    Raises:
+        ConfigError: no source, a package that is missing, a network that a format cannot hold, or a mismatch.
+    """
+    if run.source is None:
+        raise ConfigError("source=null: export needs the trained RUN to export; try source=latest")
+    if not format:
+        raise ConfigError(f"task.format=[]: nothing to write; choose from {', '.join(formats.FORMATS)}")
+    if len(set(format)) < len(format):
+        raise ConfigError(f"task.format=[{','.join(format)}]: a format is listed twice; once is enough")
+    for name in format:
+        formats.module(name).require("task.format")
+    run.record()
+    trained, ledger = without_teacher(run.network(run.source), run.source.ledger)
+    network = formats.in_precision(finalize(copy.deepcopy(trained), ledger).eval(), precision)
+    left = conversion(ledger)
+    is_exact = precision == "fp32" and all(stage_of(entry["method"]) < Stage.QUANTIZE for entry in ledger)
+    gate = parity.Gate(is_exact, tolerance, agreement)
+
+    counted = cost.counts(trained.eval(), run.data.spec.shape)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    draft = run.folder / ".export.partial"
+    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in format:
+            row, remarks = write(run, name, network, left, draft, gate, threads)
+            rows.append({"name": name, **row, **counted})
+            notes += remarks
+        mismatches = [note for note in notes if note.startswith(parity.MISMATCH)]
+        if mismatches and not allow_mismatch:
+            raise ConfigError(*mismatches, "no bundle was written; task.allow_mismatch=true writes it all the same")
+        bundle.write(draft, run.folder / "export", describe(run, ledger, left, precision, rows))
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    run.say(f"bundle: {run.folder / 'export'}")
+    return run.publish(rows, notes)
+
+
+def write(
+    run: Run, name: Format, network: nn.Module, left: Conversion | None, draft: Path, gate: parity.Gate, threads: int
+) -> tuple[dict[str, Any], list[str]]:
+    """One format: its files in `draft`, its row of the report, and what has to be said about it."""
+    module = formats.module(name)
+    run.say(f"writing {' and '.join(module.FILES)}")
+    path = draft / module.FILES[0]
+    module.write(network, run.data.spec.shape, path, left)
+    row: dict[str, Any] = {
+        "runtime": module.RUNTIME,
+        "metrics": {},
+        "size_bytes": sum(cost.size_bytes(draft / file) for file in module.FILES),
+    }
+    if module.Session is None:
+        return row, [f"{name} holds weights alone: nothing runs it, so nothing was compared"]
+    notes = []
+    if left is not None and module is not onnx:
+        notes.append(f"{name} keeps in float what ONNX Runtime computes in {left.bits} bits ({left.kind})")
+    session = module.Session(path, threads)
+    predict = deployed.one_by_one(session) if module is onnx and deployed.is_dynamic(left) else session
+    found = parity.compare(network, predict, run.learner, run.data.splits.test)
+    row["metrics"] = found.to_metrics()
+    row["parity"] = found.to_dict()
+    problem = gate.problem(found)
+    return row, [*notes, *([f"{parity.MISMATCH}: {name} {problem}"] if problem else [])]
+
+
+def describe(
+    run: Run, ledger: Sequence[Entry], left: Conversion | None, precision: str, rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `bundle.json` says beside the files: all that a server needs, and where the network comes from."""
+    assert run.source is not None
+    collected = provenance.collect()
+    content = {
+        "name": deployed.name_of(ledger),
+        "run": run.source.path.parent.parent.name,
+        "data": run.data.spec.to_dict(),
+        "preprocessing": {"formula": preprocess.FORMULA, "picture": preprocess.PICTURE},
+        "input": onnx.INPUT,
+        "output": onnx.OUTPUT,
+        "precision": precision,
+        "sample_by_sample": deployed.is_dynamic(left),
+        "formats": {
+            row["name"]: {
+                "runtime": row["runtime"],
+                "files": list(formats.module(row["name"]).FILES),
+                "parity": row.get("parity"),
+            }
+            for row in rows
+        },
+        "compression": list(ledger),
+        "config": {group: run.source.config[group] for group in ("data", "model", "learner")},
+        "report": list(rows),
+        "versions": {"python": collected["python"], **collected["packages"]},
+    }
+    plain: dict[str, Any] = report.finite(content)
+    return plain
