@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -248,6 +249,8 @@ def test_an_offline_run_holds_metrics_and_the_report_and_says_nothing(tmp_path, 
     log = new_wandb(tmp_path)
     trainer(tmp_path, [log], 1).fit(Net(), BATCHES, BATCHES)
     report = Report("train", "run", None, 0, [{"name": "best", "metrics": {"test/accuracy": 0.75}}], {"size": 2.0})
+    (tmp_path / "run" / "figures").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "run" / "figures" / "curves.png")
     log_report(log, report)
     log.close()
     out, err = capfd.readouterr()
@@ -261,6 +264,7 @@ def test_an_offline_run_holds_metrics_and_the_report_and_says_nothing(tmp_path, 
     assert summary["report/test/accuracy"] == 0.75
     assert summary["ratio/size"] == 2.0
     assert list((tmp_path / "run").glob("wandb/offline-run-*/files/media/table/report_*"))
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/figures/curves_*.png"))
 
 
 def test_each_trial_of_a_process_is_a_wandb_run_of_its_own(tmp_path, offline):

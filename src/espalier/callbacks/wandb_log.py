@@ -13,6 +13,7 @@ from espalier.callbacks.guarded import Guarded
 from espalier.spec import Report
 
 INIT_SECONDS = 30.0  # then a server that does not answer is given up
+FIGURES = "figures/*.png"  # in the run folder
 
 
 class WandbLog(WandbLogger):
@@ -44,7 +45,7 @@ class WandbLog(WandbLogger):
 
     @rank_zero_only
     def log_report(self, report: Report) -> None:
-        """Rows as a table, metrics and costs of the last row, the result, and all ratios as the summary."""
+        """Rows as a table, the figures, and as the summary metrics and costs of the last row and all ratios."""
         import wandb
 
         rows = [_flat(row) for row in report.rows]
@@ -53,7 +54,8 @@ class WandbLog(WandbLogger):
         summary = {f"report/{key}": value for key, value in (rows[-1] if rows else {}).items()}
         summary |= {f"ratio/{name}": value for name, value in report.ratios.items()}
         self.experiment.summary.update(summary)
-        self.experiment.log({"report": wandb.Table(columns=columns, data=data)})
+        pictures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(self.folder.glob(FIGURES))}
+        self.experiment.log({"report": wandb.Table(columns=columns, data=data), **pictures})
 
     @rank_zero_only
     def close(self) -> None:

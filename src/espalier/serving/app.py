@@ -8,8 +8,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -20,10 +19,12 @@ import orjson
 from numpy.typing import NDArray
 from PIL import Image
 
-from espalier.serving import inputs, occlusion
+from espalier.serving import occlusion
 from espalier.serving.batcher import RETRY_AFTER_S, Batcher
-from espalier.serving.body import BodyReader, Message, Receive
+from espalier.serving.body import Message, Receive
+from espalier.serving.intake import JSON, Intake
 from espalier.serving.metrics import CONTENT_TYPE, Metrics
+from espalier.serving.patience import patiently
 from espalier.serving.predictor import Predictor
 from espalier.serving.refused import ClientGone, Refused
 from espalier.serving.settings import Settings
@@ -32,19 +33,22 @@ Scope = Message
 Send = Callable[[Message], Awaitable[None]]
 Array = NDArray[np.float32]
 
-JSON = "application/json"
-PAGE = {"/": ("index.html", "text/html"), "/style.css": ("style.css", "text/css"), "/script.js": ("script.js", "text/javascript")}
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/style.css": ("style.css", "text/css"),
+    "/script.js": ("script.js", "text/javascript"),
+}
 PUBLIC = ("name", "run", "data", "preprocessing", "precision", "sample_by_sample", "formats", "files", "versions")
 DIGITS = 6  # of a probability
-SMALL_BYTES = 100_000  # up to here JSON is parsed in a millisecond, and a detour through a thread takes longer
-WATCH_AFTER_S = 0.05  # from when on a request is watched for its time limit and for a client that leaves
-DECODERS = 2  # threads that decode pictures
 GONE = 499  # how the metrics count clients that left
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
     (b"referrer-policy", b"no-referrer"),
-    (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'",
+    ),
 )
 log = logging.getLogger("espalier.serving")
 
@@ -65,8 +69,6 @@ class App:
         self.settings = settings
         self.is_stopping = False
         self._ready = ready
-        self._reader = BodyReader(int(settings.max_body_mb * 1e6), settings.time_limit_s)
-        self._threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
         self._routes: dict[str, tuple[str, Callable[[Scope, Receive], Awaitable[Reply]]]] = {
             "/predict": ("POST", self.predict),
             "/explain": ("POST", self.explain),
@@ -109,30 +111,30 @@ class App:
 
     async def predict(self, scope: Scope, receive: Receive) -> Reply:
         """Label and probabilities of each sample; of a regression its value."""
-        raw = await self._samples(scope, receive)
+        raw = await self._intake.samples(scope, receive)
         began = time.perf_counter()
         if len(raw) <= self.batcher.max_batch:
             outcome = self.batcher.submit(raw)
         else:
             outcome = asyncio.ensure_future(self.batcher.run(raw))
-        values_BK = await self._patiently(outcome, receive)
+        values_BK = await patiently(outcome, receive, self.settings.time_limit_s)
         reply = Reply(200, JSON, orjson.dumps({"predictions": self._described(values_BK)}))
         self.metrics.latency(time.perf_counter() - began)
         return reply
 
     async def explain(self, scope: Scope, receive: Receive) -> Reply:
         """The prediction of one sample, and how far its output falls where a part of the sample is covered."""
-        raw = await self._samples(scope, receive)
+        raw = await self._intake.samples(scope, receive)
         if len(raw) != 1:
             raise Refused(422, f"{len(raw)} samples; /explain takes one")
         copies, masks = occlusion.covered(self.predictor.spec, raw[0])
         outcome = asyncio.ensure_future(self.batcher.run(np.concatenate([raw, copies])))
-        values_NK = await self._patiently(outcome, receive)
+        values_NK = await patiently(outcome, receive, self.settings.time_limit_s)
         [prediction] = self._described(values_NK[:1])
         place = int(values_NK[0].argmax())
         heat = occlusion.heat(values_NK[0, place] - values_NK[1:, place], masks)
         rounded = np.round(heat.astype(np.float64), DIGITS).tolist()
-        content = {"prediction": prediction, "heat_map": rounded, "image": self._seen(raw[0])}
+        content = {"prediction": prediction, "heat_map": rounded, "image": self._picture(raw[0])}
         return Reply(200, JSON, orjson.dumps(content))
 
     async def health(self, scope: Scope, receive: Receive) -> Reply:
@@ -144,7 +146,7 @@ class App:
     async def info(self, scope: Scope, receive: Receive) -> Reply:
         """What is served: shapes, classes, files with their sha256, parity, versions; no path of this machine."""
         content = self.predictor.bundle.content
-        limits = {"samples": self.settings.queue, "body_bytes": self._reader.max_bytes}
+        limits = {"samples": self.settings.queue, "body_bytes": self._intake.max_bytes}
         return Reply(200, JSON, orjson.dumps({key: content.get(key) for key in PUBLIC} | {"limits": limits}))
 
     async def metrics_text(self, scope: Scope, receive: Receive) -> Reply:
@@ -160,6 +162,7 @@ class App:
         await receive()
         self.predictor = Predictor(self.settings.bundle, self.settings.threads)
         self.batcher = Batcher(self.predictor.predict, self.settings.max_batch, self.settings.queue)
+        self._intake = Intake(self.predictor.spec, self.settings)
         self.metrics = Metrics(lambda: self.batcher.num_waiting)
         self.batcher.observe = self.metrics.batch
         folder = Path(__file__).parent / "page"
@@ -168,48 +171,32 @@ class App:
         print(self._ready, flush=True)
         await receive()
         self.batcher.stop()
-        self._threads.shutdown(cancel_futures=True)
+        self._intake.stop()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _samples(self, scope: Scope, receive: Receive) -> Array:
-        """Raw samples (B, *shape) of a request, in whichever form it brings them."""
-        kind = length = b""
-        for name, value in scope["headers"]:
-            if name == b"content-type":
-                kind = value
-            elif name == b"content-length":
-                length = value
-            elif name == b"content-encoding" and value != b"identity":
-                raise Refused(415, "a compressed body; send it as it is, without content-encoding")
-        mime = kind.partition(b";")[0].strip().lower().decode("latin-1")
-        if mime not in (JSON, "multipart/form-data") and mime not in inputs.PICTURE_TYPES:
-            raise Refused(
-                415, f"content type {mime[:50]!r}; allowed are {JSON}, multipart/form-data, image/png and image/jpeg"
-            )
-        body = await self._reader.read(length, receive)
-        spec, most = self.predictor.spec, self.settings.queue
-        if mime == JSON:
-            items = inputs.from_json(body) if len(body) <= SMALL_BYTES else await self._aside(inputs.from_json, body)
-            inputs.require_count(len(items), most)
-            if inputs.has_pictures(items):
-                return await self._aside(inputs.mixed, spec, items)
-            if len(body) <= SMALL_BYTES:
-                return inputs.arrays(spec, items)
-            return await self._aside(inputs.arrays, spec, items)
-        files = [body] if mime in inputs.PICTURE_TYPES else await self._aside(inputs.form, kind, body, most)
-        return await self._aside(inputs.pictures, spec, files)
+    def _described(self, values_BK: Array) -> list[dict[str, Any]]:
+        """What a client reads of each row.
 
-    async def _aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run in a thread, so that short requests do not wait for long ones."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
-
-    async def _patiently(self, outcome: "asyncio.Future[Array]", receive: Receive) -> Array:
-        """The outcome, unless it takes too long or the client leaves; finite, or refused."""
-        watch = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch, outcome, receive)
-        try:
-            values_BK = await outcome
-        finally:
-            watch.cancel()
+        Raises:
+            Refused: a value is not finite.
+        """
         if not np.isfinite(values_BK).all():
-            raise Refused(422, "the network's output is not finite for this input; its numbers are out of all proportion")
-        return values_BK
+            raise Refused(422, "the network's output is not finite for this input; check the size of its numbers")
+        rows = np.round(values_BK.astype(np.float64), DIGITS).tolist()
+        names = self.predictor.spec.class_names
+        if not names:
+            return [{"value": value} for (value,) in rows]
+        return [
+            {"label": names[best], "probability": row[best], "probabilities": dict(zip(names, row, strict=True))}
+            for row, best in zip(rows, values_BK.argmax(axis=1).tolist(), strict=True)
+        ]
+
+    def _picture(self, raw: Array) -> str | None:
+        """What the network saw, as a PNG in base64; None where it is no picture."""
+        spec = self.predictor.spec
+        if not spec.is_image or spec.shape[0] not in (1, 3):
+            return None
+        pixels_HWC = np.clip(raw * (255 / spec.scale), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        file = BytesIO()
+        Image.fromarray(pixels_HWC[..., 0] if spec.shape[0] == 1 else pixels_HWC).save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()

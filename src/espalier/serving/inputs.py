@@ -83,9 +83,7 @@ def mixed(spec: DataSpec, items: Sequence[Any]) -> Raw:
     """Raw samples (B, *shape) of items that are arrays or `{"image": "base64 of a picture file"}`."""
     files = [_base64(item, f"inputs[{place}]") for place, item in enumerate(items) if isinstance(item, dict)]
     decoded = iter(pictures(spec, files))
-    return np.concatenate(
-        [next(decoded)[None] if isinstance(item, dict) else arrays(spec, [item]) for item in items]
-    )
+    return np.concatenate([next(decoded)[None] if isinstance(item, dict) else arrays(spec, [item]) for item in items])
 
 
 def form(content_type: bytes, body: bytes, most: int) -> list[bytes]:

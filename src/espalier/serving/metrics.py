@@ -21,7 +21,10 @@ class Metrics:
         )
         self._by_outcome: dict[tuple[str, int], Counter] = {}
         latency = Histogram(
-            "espalier_predict_seconds", "From a whole request to its answer.", buckets=LATENCY_S, registry=self._registry
+            "espalier_predict_seconds",
+            "From a whole request to its answer.",
+            buckets=LATENCY_S,
+            registry=self._registry,
         )
         batch = Histogram("espalier_batch_size", "Samples of one call.", buckets=BATCH, registry=self._registry)
         self.latency: Callable[[float], None] = latency.observe

@@ -1,0 +1,114 @@
+"""Grad-CAM: feature maps of a convolutional layer, weighted by the mean gradient of the output, positive part.
+
+Selvaraju et al. 2016, arXiv 1610.02391, section 3. Letters: B batch, C channels, H height, W width.
+"""
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from espalier.compression.captured import CapturedNet, module_names
+from espalier.config import nearest
+from espalier.errors import ConfigError, require
+from espalier.explain.base import EXTRA, Setting
+
+PACKAGE = "captum.attr"
+BY_DEFAULT = True
+MIN_SIDE = 4  # a coarser map says no more than left and right
+PROBE = "grad_cam_probe"
+FITTING = "use integrated_gradients, occlusion, smooth_grad, shap or lime"
+
+Shapes = dict[str, torch.Size]  # module -> shape of its output, in the order in which modules finish
+
+
+def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
+    """Where the layer saw what speaks for the output, in its own resolution, scaled to the image; never negative."""
+    assert setting.layer is not None, "prepare chooses it"
+    captum = require(PACKAGE, EXTRA)
+    model, layer = _with_layer(model, setting.layer)
+    found = captum.LayerGradCam(model, layer).attribute(
+        x[None].clone().requires_grad_(), target=target, relu_attributions=True
+    )
+    return captum.LayerAttribution.interpolate(found, tuple(x.shape[1:]), "bilinear")[0, 0]
+
+
+def prepare(model: nn.Module, x: Tensor, setting: Setting) -> Setting:
+    """The setting with a layer: the last whose maps have at least MIN_SIDE positions a side, or the finest there is.
+
+    Raises:
+        ConfigError: no layer has maps, or the one that the user named does not.
+    """
+    shapes = _output_shapes(model, x)
+    maps = {name: shape for name, shape in shapes.items() if len(shape) == 4 and min(shape[2:]) > 1}
+    if x.ndim != 3 or not maps:
+        raise ConfigError(f"task.method=[grad_cam]: this network has no convolutional feature maps; {FITTING}")
+    if setting.layer is not None:
+        if setting.layer not in maps:
+            near = nearest(setting.layer, list(maps))
+            raise ConfigError(f"task.layer={setting.layer}: no layer with feature maps{near}; there are {_some(maps)}")
+        return setting
+    if len(shapes[list(shapes)[-1]]) > 2 or _goes_on_in_tokens(shapes):
+        raise ConfigError(
+            f"task.method=[grad_cam]: after {list(maps)[-1]} this network goes on in tokens, which are no feature maps; "
+            f"{FITTING}, or task.layer={list(maps)[-1]}"
+        )
+    best = max(min(*shape[2:], MIN_SIDE) for shape in maps.values())
+    return replace(setting, layer=[name for name, shape in maps.items() if min(*shape[2:], MIN_SIDE) == best][-1])
+
+
+def _goes_on_in_tokens(shapes: Shapes) -> bool:
+    """Whether a module after the last feature map puts out (B, tokens, features)."""
+    sizes = [len(shape) for shape in shapes.values()]
+    return 3 in sizes[sizes[::-1].index(4) * -1 or len(sizes) :]
+
+
+def _some(maps: Shapes) -> str:
+    """The layers that are no parts of others in the list, from the last one on."""
+    outer = [name for name in maps if not any(name.startswith(f"{other}.") for other in maps)]
+    return ", ".join(outer[-8:])
+
+
+def _output_shapes(model: nn.Module, x: Tensor) -> Shapes:
+    if isinstance(model, CapturedNet):
+        nodes = _last_nodes(model.graph)
+        return {name: node.meta["val"].shape for name, node in nodes.items() if "val" in node.meta}
+    shapes: Shapes = {}
+
+    def note(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            shapes[name] = output.shape
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules() if name]
+    with torch.no_grad():
+        model(x[None])
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+def _with_layer(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
+    """The network and the module whose output is looked at; a graph, which calls no modules, gets one in a copy."""
+    if not isinstance(model, CapturedNet):
+        return model, model.get_submodule(name)
+    twin, probe = copy.deepcopy(model), nn.Identity()
+    twin.add_module(PROBE, probe)
+    node = _last_nodes(twin.graph)[name]
+    with twin.graph.inserting_after(node):
+        seen = twin.graph.call_module(PROBE, (node,))
+    node.replace_all_uses_with(seen, delete_user_cb=lambda user: user is not seen)
+    twin.run(twin.graph, twin.code.meta)
+    return twin, probe
+
+
+def _last_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Module -> the node of its output, in the order in which modules finish, inner ones first."""
+    nodes: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function") if False else graph.nodes:
+        if node.op == "call_function":
+            for name in reversed(list(module_names(node))):
+                nodes.pop(name, None)
+                nodes[name] = node
+    return nodes

@@ -1,0 +1,31 @@
+"""Occlusion: how far the output falls when a window of the sample is replaced by the baseline.
+
+Zeiler and Fergus 2013, arXiv 1311.2901, section 4.2.
+"""
+
+from torch import Tensor, nn
+
+from espalier.errors import require
+from espalier.explain.base import EXTRA, Setting, by_position
+
+PACKAGE = "captum.attr"
+BY_DEFAULT = True
+
+
+def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
+    """The mean fall over the windows that cover a position; windows overlap by half, and cover all channels."""
+    stride = max(1, setting.patch // 2)
+    is_image = x.ndim == 3
+    attribution = (
+        require(PACKAGE, EXTRA)
+        .Occlusion(model)
+        .attribute(
+            x[None],
+            sliding_window_shapes=(len(x), setting.patch, setting.patch) if is_image else (1,),
+            strides=(len(x), stride, stride) if is_image else (1,),
+            baselines=setting.baseline[None],
+            target=target,
+            perturbations_per_eval=setting.batch_size,
+        )
+    )
+    return by_position(attribution[0]) / (len(x) if is_image else 1)

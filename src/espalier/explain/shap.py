@@ -1,0 +1,63 @@
+"""SHAP: Shapley values, by permutations of the pieces of a sample.
+
+Lundberg and Lee 2017, arXiv 1705.07874; permutations after Strumbelj and Kononenko 2014,
+doi.org/10.1007/s10115-013-0679-x. A piece that is switched off takes the value that it has in each of several training
+samples, and the outputs are averaged; so the method needs no gradients and knows no baseline.
+Letters: N samples, P pieces.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from espalier.errors import require
+from espalier.explain.base import EXTRA, Setting, pieces, scores, spread
+
+PACKAGE = "shap"
+BY_DEFAULT = False
+NUM_BACKGROUND = 16  # training samples that stand in for what is switched off; cost grows with it
+
+
+def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
+    """The map adds up to the output of x minus the mean output of the background (local accuracy), exactly."""
+    piece = pieces(x.shape, setting.patch)
+    num_pieces = int(piece.max()) + 1
+    background_N = setting.background[:NUM_BACKGROUND]
+
+    def value(is_on_NP: NDArray[Any]) -> NDArray[Any]:
+        values = []
+        for row in torch.from_numpy(np.asarray(is_on_NP, dtype=np.float32)).to(x.device) > 0:
+            mixed_N = torch.where(row[piece], x, background_N)
+            values.append(scores(model, mixed_N, target, setting.batch_size).mean())
+        return torch.stack(values).double().cpu().numpy()
+
+    with _numpy_state():
+        explainer = require(PACKAGE, EXTRA).explainers.Permutation(
+            value, np.zeros((1, num_pieces)), seed=setting.seed % 2**32
+        )
+        found = explainer(
+            np.ones((1, num_pieces)),
+            max_evals=max(setting.evaluations, 2 * num_pieces + 1),
+            silent=True,
+        )
+    return spread(torch.from_numpy(found.values[0]), piece)
+
+
+def reference(model: nn.Module, target: int, setting: Setting) -> Tensor:
+    """The mean output of the background."""
+    return scores(model, setting.background[:NUM_BACKGROUND], target, setting.batch_size).mean()
+
+
+@contextmanager
+def _numpy_state() -> Iterator[None]:
+    """The explainer seeds numpy's global generator."""
+    state = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

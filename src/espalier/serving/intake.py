@@ -1,0 +1,73 @@
+"""From a request to raw samples: content type, limits, and which work goes to a thread.
+
+Letters: B batch.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from espalier.serving import inputs
+from espalier.serving.body import BodyReader, Message, Receive
+from espalier.serving.inputs import Raw
+from espalier.serving.refused import Refused
+from espalier.serving.settings import Settings
+from espalier.spec import DataSpec
+
+JSON = "application/json"
+FORM = "multipart/form-data"
+TYPES = frozenset({JSON, FORM, *inputs.PICTURE_TYPES})
+SMALL_BYTES = 100_000  # up to here JSON is parsed in a millisecond, and a detour through a thread takes longer
+NUM_THREADS = 2
+
+
+class Intake:
+    """Reads samples of one spec."""
+
+    def __init__(self, spec: DataSpec, settings: Settings) -> None:
+        self.spec = spec
+        self.most = settings.queue  # samples: a request with more could never be accepted
+        self.max_bytes = int(settings.max_body_mb * 1e6)
+        self._reader = BodyReader(self.max_bytes, settings.time_limit_s)
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="intake")
+
+    async def samples(self, scope: Message, receive: Receive) -> Raw:
+        """Raw samples (B, *shape), whether they come as JSON, as a form or as a picture file.
+
+        Raises:
+            Refused: nothing of that kind, or damaged, or too much.
+            ClientGone: the connection broke.
+        """
+        kind = length = b""
+        for name, value in scope["headers"]:
+            if name == b"content-type":
+                kind = value
+            elif name == b"content-length":
+                length = value
+            elif name == b"content-encoding" and value.lower() != b"identity":
+                raise Refused(415, "the body is compressed; send it as it is, without content-encoding")
+        mime = kind.partition(b";")[0].strip().lower().decode("latin-1")
+        if mime not in TYPES:
+            raise Refused(415, f"content type {mime[:50]!r}; allowed are {', '.join(sorted(TYPES))}")
+        body = await self._reader.read(length, receive)
+        if mime == JSON:
+            return await self._numbers(body)
+        files = [body] if mime != FORM else await self._aside(inputs.form, kind, body, self.most)
+        return await self._aside(inputs.pictures, self.spec, files)
+
+    def stop(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    async def _numbers(self, body: bytes) -> Raw:
+        is_small = len(body) <= SMALL_BYTES
+        items = inputs.from_json(body) if is_small else await self._aside(inputs.from_json, body)
+        inputs.require_count(len(items), self.most)
+        if inputs.has_pictures(items):
+            return await self._aside(inputs.mixed, self.spec, items)
+        return inputs.arrays(self.spec, items) if is_small else await self._aside(inputs.arrays, self.spec, items)
+
+    async def _aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run in a thread, so that short requests do not wait for long ones."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
