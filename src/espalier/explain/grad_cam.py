@@ -50,19 +50,19 @@ def prepare(model: nn.Module, x: Tensor, setting: Setting) -> Setting:
             near = nearest(setting.layer, list(maps))
             raise ConfigError(f"task.layer={setting.layer}: no layer with feature maps{near}; there are {_some(maps)}")
         return setting
-    if len(shapes[list(shapes)[-1]]) > 2 or _goes_on_in_tokens(shapes):
+    last = list(maps)[-1]
+    if any(len(shape) == 3 for shape in _after(shapes, last)):
         raise ConfigError(
-            f"task.method=[grad_cam]: after {list(maps)[-1]} this network goes on in tokens, which are no feature maps; "
-            f"{FITTING}, or task.layer={list(maps)[-1]}"
+            f"task.method=[grad_cam]: after {last} this network goes on in tokens, which are no feature maps; "
+            f"{FITTING}, or task.layer={last}"
         )
     best = max(min(*shape[2:], MIN_SIDE) for shape in maps.values())
     return replace(setting, layer=[name for name, shape in maps.items() if min(*shape[2:], MIN_SIDE) == best][-1])
 
 
-def _goes_on_in_tokens(shapes: Shapes) -> bool:
-    """Whether a module after the last feature map puts out (B, tokens, features)."""
-    sizes = [len(shape) for shape in shapes.values()]
-    return 3 in sizes[sizes[::-1].index(4) * -1 or len(sizes) :]
+def _after(shapes: Shapes, name: str) -> list[torch.Size]:
+    names = list(shapes)
+    return [shapes[later] for later in names[names.index(name) + 1 :]]
 
 
 def _some(maps: Shapes) -> str:
@@ -106,9 +106,8 @@ def _with_layer(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
 def _last_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
     """Module -> the node of its output, in the order in which modules finish, inner ones first."""
     nodes: dict[str, fx.Node] = {}
-    for node in graph.find_nodes(op="call_function") if False else graph.nodes:
-        if node.op == "call_function":
-            for name in reversed(list(module_names(node))):
-                nodes.pop(name, None)
-                nodes[name] = node
+    for node in graph.nodes:
+        for name in reversed(list(module_names(node))) if node.op == "call_function" else ():
+            nodes.pop(name, None)
+            nodes[name] = node
     return nodes

@@ -10,6 +10,7 @@ import socket
 import sys
 from functools import partial
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
@@ -84,7 +85,7 @@ def run(settings: Settings, name: str, listening: socket.socket) -> int:
         return int(any(process.exitcode == STARTUP_FAILURE for process in workers.processes))
 
 
-def create(settings: Settings, ready: str) -> "uvicorn._types.ASGIApplication":
+def create(settings: Settings, ready: str) -> Any:  # uvicorn's own type of an application is private
     """The application of one worker, imported there: prometheus_client looks at the environment when it is imported."""
     from espalier.serving.app import App
 

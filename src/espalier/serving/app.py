@@ -26,7 +26,7 @@ from espalier.serving.intake import JSON, Intake
 from espalier.serving.metrics import CONTENT_TYPE, Metrics
 from espalier.serving.patience import patiently
 from espalier.serving.predictor import Predictor
-from espalier.serving.refused import ClientGone, Refused
+from espalier.serving.errors import ClientGoneError, RequestError
 from espalier.serving.settings import Settings
 
 Scope = Message
@@ -88,17 +88,17 @@ class App:
         retry: tuple[tuple[bytes, bytes], ...] = ()
         try:
             if answer is None:
-                raise Refused(404, f"there is nothing here; the routes are {', '.join(self._routes)}")
+                raise RequestError(404, f"there is nothing here; the routes are {', '.join(self._routes)}")
             if scope["method"] != method and (scope["method"], method) != ("HEAD", "GET"):
-                raise Refused(405, f"{route} takes {method}")
+                raise RequestError(405, f"{route} takes {method}")
             reply = await answer(scope, receive)
-        except Refused as refusal:
+        except RequestError as refusal:
             reply = Reply(refusal.status, JSON, orjson.dumps({"error": refusal.message}))
             if refusal.status == 405:
                 retry = ((b"allow", method.encode()),)
             if refusal.status == 503:
                 retry = ((b"retry-after", str(RETRY_AFTER_S).encode()),)
-        except ClientGone:
+        except ClientGoneError:
             self.metrics.count(route, GONE)
             return
         except Exception:
@@ -126,7 +126,7 @@ class App:
         """The prediction of one sample, and how far its output falls where a part of the sample is covered."""
         raw = await self._intake.samples(scope, receive)
         if len(raw) != 1:
-            raise Refused(422, f"{len(raw)} samples; /explain takes one")
+            raise RequestError(422, f"{len(raw)} samples; /explain takes one")
         copies, masks = occlusion.covered(self.predictor.spec, raw[0])
         outcome = asyncio.ensure_future(self.batcher.run(np.concatenate([raw, copies])))
         values_NK = await patiently(outcome, receive, self.settings.time_limit_s)
@@ -140,7 +140,7 @@ class App:
     async def health(self, scope: Scope, receive: Receive) -> Reply:
         """200 while it takes requests."""
         if self.is_stopping:
-            raise Refused(503, "the server stops; it finishes what it has accepted")
+            raise RequestError(503, "the server stops; it finishes what it has accepted")
         return Reply(200, JSON, b'{"status":"ok"}')
 
     async def info(self, scope: Scope, receive: Receive) -> Reply:
@@ -178,10 +178,10 @@ class App:
         """What a client reads of each row.
 
         Raises:
-            Refused: a value is not finite.
+            RequestError: a value is not finite.
         """
         if not np.isfinite(values_BK).all():
-            raise Refused(422, "the network's output is not finite for this input; check the size of its numbers")
+            raise RequestError(422, "the network's output is not finite for this input; check the size of its numbers")
         rows = np.round(values_BK.astype(np.float64), DIGITS).tolist()
         names = self.predictor.spec.class_names
         if not names:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.serving.refused import Refused
+from espalier.serving.errors import RequestError
 
 Array = NDArray[np.float32]
 Waiting = tuple[Array, "asyncio.Future[Array]"]
@@ -45,12 +45,14 @@ class Batcher:
         """The rows of `run` for up to `max_batch` samples; a future that was cancelled is not run.
 
         Raises:
-            Refused: the queue is full.
+            RequestError: the queue is full.
         """
         future = self._loop.create_future()
         with self._changed:
             if self._num_waiting + len(raw) > self.queue:
-                raise Refused(503, f"overloaded: {self._num_waiting} samples wait, {self.queue} may; try again later")
+                raise RequestError(
+                    503, f"overloaded: {self._num_waiting} samples wait, {self.queue} may; try again later"
+                )
             self._waiting.append((raw, future))
             self._num_waiting += len(raw)
             self._changed.notify()

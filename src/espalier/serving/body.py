@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from espalier.serving.refused import ClientGone, Refused
+from espalier.serving.errors import ClientGoneError, RequestError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -23,8 +23,8 @@ class BodyReader:
         """The whole body; `declared` is the header `content-length`, empty where there is none.
 
         Raises:
-            Refused: it is too long (413), too slow (408), or too many others are coming in (503).
-            ClientGone: the connection broke.
+            RequestError: it is too long (413), too slow (408), or too many others are coming in (503).
+            ClientGoneError: the connection broke.
         """
         if declared and int(declared) > self.max_bytes:
             raise self._too_long(f"{int(declared)} bytes")
@@ -32,11 +32,11 @@ class BodyReader:
             async with asyncio.timeout(self.time_limit_s):
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientGone
+                    raise ClientGoneError
                 if message["more_body"]:
                     return await self._rest(message["body"], receive)
         except TimeoutError:
-            raise Refused(408, f"the body did not come within {self.time_limit_s:g} s; send it faster") from None
+            raise RequestError(408, f"the body did not come within {self.time_limit_s:g} s; send it faster") from None
         body: bytes = message["body"]
         if len(body) > self.max_bytes:
             raise self._too_long("more")
@@ -50,10 +50,10 @@ class BodyReader:
                 if size > self.max_bytes:
                     raise self._too_long("more")
                 if self._held_bytes > BODIES * self.max_bytes:
-                    raise Refused(503, "overloaded: too many long bodies come in at once; try again later")
+                    raise RequestError(503, "overloaded: too many long bodies come in at once; try again later")
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientGone
+                    raise ClientGoneError
                 part, more = message["body"], message["more_body"]
                 parts.append(part)
                 size += len(part)
@@ -64,5 +64,7 @@ class BodyReader:
         finally:
             self._held_bytes -= size
 
-    def _too_long(self, given: str) -> Refused:
-        return Refused(413, f"the body has {given}, a request may have {self.max_bytes}; send fewer samples at a time")
+    def _too_long(self, given: str) -> RequestError:
+        return RequestError(
+            413, f"the body has {given}, a request may have {self.max_bytes}; send fewer samples at a time"
+        )

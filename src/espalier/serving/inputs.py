@@ -18,7 +18,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import FormParser, parse_options_header
 
 from espalier.export.preprocess import raw_of
-from espalier.serving.refused import Refused
+from espalier.serving.errors import RequestError
 from espalier.spec import DataSpec
 
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # decoders that may run; Pillow has riskier ones
@@ -34,25 +34,25 @@ def from_json(body: bytes) -> list[Any]:
     """The items of `{"inputs": [...]}`.
 
     Raises:
-        Refused: the body is something else.
+        RequestError: the body is something else.
     """
     try:
         content = orjson.loads(body)
     except ValueError as error:
-        raise Refused(400, f"the body is not JSON: {str(error)[:MAX_MESSAGE]}") from None
+        raise RequestError(400, f"the body is not JSON: {str(error)[:MAX_MESSAGE]}") from None
     if not isinstance(content, dict) or not isinstance(content.get("inputs"), list):
-        raise Refused(422, 'the body must be an object with a list: {"inputs": [sample, ...]}')
+        raise RequestError(422, 'the body must be an object with a list: {"inputs": [sample, ...]}')
     if len(content) > 1:
-        raise Refused(422, 'the body has other keys beside "inputs"; nothing else is allowed')
+        raise RequestError(422, 'the body has other keys beside "inputs"; nothing else is allowed')
     return content["inputs"]
 
 
 def require_count(num_samples: int, most: int) -> None:
-    """Raise `Refused` unless there is at least one sample, and no more than may wait."""
+    """Raise `RequestError` unless there is at least one sample, and no more than may wait."""
     if not num_samples:
-        raise Refused(422, "there is no sample in the request; send at least one")
+        raise RequestError(422, "there is no sample in the request; send at least one")
     if num_samples > most:
-        raise Refused(413, f"{num_samples} samples in one request, at most {most} are allowed; split them")
+        raise RequestError(413, f"{num_samples} samples in one request, at most {most} are allowed; split them")
 
 
 def has_pictures(items: Sequence[Any]) -> bool:
@@ -64,7 +64,7 @@ def arrays(spec: DataSpec, items: Sequence[Any]) -> Raw:
     """Raw samples (B, *shape) of nested lists of numbers.
 
     Raises:
-        Refused: a list is ragged, of another shape, or holds something other than finite numbers.
+        RequestError: a list is ragged, of another shape, or holds something other than finite numbers.
     """
     try:
         given = np.array(items)
@@ -75,7 +75,7 @@ def arrays(spec: DataSpec, items: Sequence[Any]) -> Raw:
     with np.errstate(over="ignore"):
         raw = given.astype(np.float32)
     if not np.isfinite(raw).all():
-        raise Refused(422, "a number is too large for 32 bits; only finite numbers are allowed")
+        raise RequestError(422, "a number is too large for 32 bits; only finite numbers are allowed")
     return raw
 
 
@@ -90,7 +90,7 @@ def form(content_type: bytes, body: bytes, most: int) -> list[bytes]:
     """The files of a `multipart/form-data` body.
 
     Raises:
-        Refused: it is damaged, has other fields, or too many files.
+        RequestError: it is damaged, has other fields, or too many files.
     """
     files: list[bytes] = []
 
@@ -100,18 +100,18 @@ def form(content_type: bytes, body: bytes, most: int) -> list[bytes]:
         files.append(file.file_object.read())
 
     def refuse(field: Any) -> None:
-        raise Refused(422, "the form has a field that is no file; send picture files alone")
+        raise RequestError(422, "the form has a field that is no file; send picture files alone")
 
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
-        raise Refused(400, "the content type multipart/form-data names no boundary")
+        raise RequestError(400, "the content type multipart/form-data names no boundary")
     try:
         limits = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # so that no file goes to the disk
         parser = FormParser("multipart/form-data", refuse, keep, boundary=boundary, config=limits)
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
-        raise Refused(400, f"the form is damaged: {str(error)[:MAX_MESSAGE]}") from None
+        raise RequestError(400, f"the form is damaged: {str(error)[:MAX_MESSAGE]}") from None
     require_count(len(files), most)
     return files
 
@@ -120,10 +120,10 @@ def pictures(spec: DataSpec, files: Sequence[bytes]) -> Raw:
     """Raw samples (B, *shape) of picture files.
 
     Raises:
-        Refused: one cannot be read, all together are too large, or the network does not take pictures.
+        RequestError: one cannot be read, all together are too large, or the network does not take pictures.
     """
     if not spec.is_image or spec.shape[0] not in (1, 3):
-        raise Refused(422, f"this network takes numbers of shape {list(spec.shape)}, not pictures")
+        raise RequestError(422, f"this network takes numbers of shape {list(spec.shape)}, not pictures")
     num_pixels = 0
     raw = []
     for place, data in enumerate(files):
@@ -132,41 +132,41 @@ def pictures(spec: DataSpec, files: Sequence[bytes]) -> Raw:
                 num_pixels += image.width * image.height
                 _require_pixels(num_pixels)
                 raw.append(raw_of(spec, image))
-        except Refused:
+        except RequestError:
             raise
         except Image.DecompressionBombError:
             _require_pixels(MAX_PIXELS + 1)
         except Exception:  # decoders raise whatever a damaged file makes them stumble on
             allowed = ", ".join(PICTURES)
-            raise Refused(422, f"picture {place} cannot be read; whole files of {allowed} are allowed") from None
+            raise RequestError(422, f"picture {place} cannot be read; whole files of {allowed} are allowed") from None
     return np.stack(raw)
 
 
 def _require_pixels(num_pixels: int) -> None:
     if num_pixels > MAX_PIXELS:
-        raise Refused(413, f"the pictures have more than {MAX_PIXELS} pixels in all; send smaller or fewer ones")
+        raise RequestError(413, f"the pictures have more than {MAX_PIXELS} pixels in all; send smaller or fewer ones")
 
 
 def _base64(item: dict[str, Any], where: str) -> bytes:
     text = item.get("image")
     if len(item) != 1 or not isinstance(text, str):
-        raise Refused(422, f'{where}: an object must be {{"image": "base64 of a picture file"}}')
+        raise RequestError(422, f'{where}: an object must be {{"image": "base64 of a picture file"}}')
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise Refused(422, f"{where}.image: not base64") from None
+        raise RequestError(422, f"{where}.image: not base64") from None
 
 
-def _misfit(spec: DataSpec, items: Sequence[Any]) -> Refused:
+def _misfit(spec: DataSpec, items: Sequence[Any]) -> RequestError:
     """Which sample is wrong, and how."""
     allowed = f"each sample must be numbers of shape {list(spec.shape)}"
     for place, item in enumerate(items):
         try:
             given = np.array(item)
         except (ValueError, OverflowError):
-            return Refused(422, f"inputs[{place}]: rows of different lengths, or nested too deep; {allowed}")
+            return RequestError(422, f"inputs[{place}]: rows of different lengths, or nested too deep; {allowed}")
         if given.dtype.kind not in NUMBERS and given.size:
-            return Refused(422, f"inputs[{place}]: something that is no number; {allowed}")
+            return RequestError(422, f"inputs[{place}]: something that is no number; {allowed}")
         if given.shape != spec.shape:
-            return Refused(422, f"inputs[{place}]: shape {list(given.shape)}; {allowed}")
-    return Refused(422, allowed)
+            return RequestError(422, f"inputs[{place}]: shape {list(given.shape)}; {allowed}")
+    return RequestError(422, allowed)

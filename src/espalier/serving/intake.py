@@ -11,7 +11,7 @@ from typing import Any
 from espalier.serving import inputs
 from espalier.serving.body import BodyReader, Message, Receive
 from espalier.serving.inputs import Raw
-from espalier.serving.refused import Refused
+from espalier.serving.errors import RequestError
 from espalier.serving.settings import Settings
 from espalier.spec import DataSpec
 
@@ -36,8 +36,8 @@ class Intake:
         """Raw samples (B, *shape), whether they come as JSON, as a form or as a picture file.
 
         Raises:
-            Refused: nothing of that kind, or damaged, or too much.
-            ClientGone: the connection broke.
+            RequestError: nothing of that kind, or damaged, or too much.
+            ClientGoneError: the connection broke.
         """
         kind = length = b""
         for name, value in scope["headers"]:
@@ -46,10 +46,10 @@ class Intake:
             elif name == b"content-length":
                 length = value
             elif name == b"content-encoding" and value.lower() != b"identity":
-                raise Refused(415, "the body is compressed; send it as it is, without content-encoding")
+                raise RequestError(415, "the body is compressed; send it as it is, without content-encoding")
         mime = kind.partition(b";")[0].strip().lower().decode("latin-1")
         if mime not in TYPES:
-            raise Refused(415, f"content type {mime[:50]!r}; allowed are {', '.join(sorted(TYPES))}")
+            raise RequestError(415, f"content type {mime[:50]!r}; allowed are {', '.join(sorted(TYPES))}")
         body = await self._reader.read(length, receive)
         if mime == JSON:
             return await self._numbers(body)

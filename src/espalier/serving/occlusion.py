@@ -13,9 +13,9 @@ STEPS = 8  # windows along a side of an image, each a quarter of the side: they 
 
 
 def covered(spec: DataSpec, raw: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Copies (N, *shape) of a raw sample, a part of each set to the mean of the training data, and which part: (N, H, W).
+    """Copies (N, *shape) of a raw sample, each with a part set to the mean of the training data, and which: (N, H, W).
 
-    Of a tabular sample (F,), copy n lacks feature n.
+    Of a tabular sample (F,) copy n lacks feature n, and the parts are (N, F).
     """
     masks = _windows(*spec.shape[1:]) if spec.is_image else np.eye(spec.shape[0], dtype=np.bool_)
     fill = np.array(spec.mean, dtype=np.float32) * np.float32(spec.scale)

@@ -4,7 +4,7 @@ import asyncio
 from typing import TypeVar
 
 from espalier.serving.body import Receive
-from espalier.serving.refused import ClientGone, Refused
+from espalier.serving.errors import ClientGoneError, RequestError
 
 T = TypeVar("T")
 WATCH_AFTER_S = 0.05  # most requests end before, and are spared the cost of being watched
@@ -14,8 +14,8 @@ async def patiently(outcome: "asyncio.Future[T]", receive: Receive, time_limit_s
     """The outcome; if nobody wants it any more it is cancelled, which takes it out of the queue.
 
     Raises:
-        Refused: it took longer than `time_limit_s`.
-        ClientGone: the client left.
+        RequestError: it took longer than `time_limit_s`.
+        ClientGoneError: the client left.
     """
     watch = _Watch(outcome, receive, time_limit_s)
     timer = asyncio.get_running_loop().call_later(min(WATCH_AFTER_S, time_limit_s), watch.start)
@@ -45,7 +45,7 @@ class _Watch:
             async with asyncio.timeout(self.time_limit_s):
                 while (await self.receive())["type"] != "http.disconnect":
                     pass
-            self.reason = ClientGone()
+            self.reason = ClientGoneError()
         except TimeoutError:
-            self.reason = Refused(504, f"no answer within {self.time_limit_s:g} s; the server is too busy")
+            self.reason = RequestError(504, f"no answer within {self.time_limit_s:g} s; the server is too busy")
         self.outcome.cancel()

@@ -49,7 +49,7 @@ class Protocol(HttpToolsProtocol):
         self._stop_patience()
 
     def shutdown(self) -> None:
-        self.app.is_stopping = True  # type: ignore[attr-defined]  # /health says so
+        self.app.is_stopping = True  # /health says so
         super().shutdown()
 
     def send_400_response(self, msg: str) -> None:

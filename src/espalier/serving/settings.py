@@ -37,11 +37,11 @@ class Settings:
         parser = argparse.ArgumentParser("python -m espalier.serving", description="Serve an exported bundle over HTTP")
         parser.add_argument("bundle", type=Path, help="folder that holds bundle.json")
         parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one")
-        parser.add_argument("--port", type=_within(0, 65_535), default=8000, help="0 takes a free one")
-        parser.add_argument("--workers", type=_within(1, 1024), default=1, help="processes")
-        parser.add_argument("--threads", type=_within(1, 1024), default=1, help="of ONNX Runtime in each process")
-        parser.add_argument("--max-batch", type=_within(1, 65_536), default=32, help="samples of one call")
-        parser.add_argument("--queue", type=_within(1, 1_000_000), default=256, help="samples that may wait")
+        parser.add_argument("--port", type=Within(0, 65_535), default=8000, help="0 takes a free one")
+        parser.add_argument("--workers", type=Within(1, 1024), default=1, help="processes")
+        parser.add_argument("--threads", type=Within(1, 1024), default=1, help="of ONNX Runtime in each process")
+        parser.add_argument("--max-batch", type=Within(1, 65_536), default=32, help="samples of one call")
+        parser.add_argument("--queue", type=Within(1, 1_000_000), default=256, help="samples that may wait")
         parser.add_argument("--max-body-mb", type=_positive, default=8.0, help="of a request, in 10^6 bytes")
         parser.add_argument("--time-limit-s", type=_positive, default=30.0, help="for a body to come, for an answer")
         settings = cls(**vars(parser.parse_args(words)))
@@ -50,7 +50,7 @@ class Settings:
         return settings
 
 
-class _within:
+class Within:
     """Whole numbers of a range; argparse names the type in its message."""
 
     def __init__(self, least: int, most: int) -> None:
