@@ -142,7 +142,7 @@ def test_data_give_a_spec_and_batches_that_fit_it(
     cfg = silent(f"data={option}")
     cfg.data.batch_size = BATCH
     if cfg.data._target_.endswith("HubImages"):
-        cfg.data.path, cfg.data.num_workers = str(images), 1
+        cfg.data.path, cfg.data.num_workers = str(images), 0  # a pool left in mid-epoch ends when it likes
     data = run_of(tmp_path, cfg).data
     assert not isinstance(data, HubImages) or data.spec.class_counts in {(30, 30), (29, 29)}  # carved or not
     batch, spec = next(iter(data.train_dataloader())), data.spec

@@ -4,6 +4,7 @@ from itertools import count
 from pathlib import Path
 from time import sleep
 
+import numpy as np
 import pytest
 
 from espalier.measure import figures, latency
@@ -37,8 +38,26 @@ def test_candidates_take_turns_in_each_round():
     assert turns == "ab" * 4  # once to warm up
 
 
+def test_percentiles_are_those_of_the_calls():
+    turns = [np.arange(1.0, 101.0), np.arange(101.0, 201.0)]  # 1 to 200 ms
+    first = [np.full(3, 101.0), np.full(3, 75.25)]
+    timed = latency.summary(turns, first)
+    assert (timed.p50, timed.num_calls) == (100.5, 200)
+    assert timed.p95 == pytest.approx(190.05)  # 0.95 * 199 places above the lowest
+    assert timed.p99 == pytest.approx(198.01)
+    assert timed.calls_per_second == pytest.approx((1000 / 50.5 + 1000 / 150.5) / 2)
+    assert timed.ratio == pytest.approx((0.5 + 2) / 2)  # the median over rounds, not that of all calls
+
+
+def test_a_first_call_that_compiles_does_not_make_turns_short():
+    calls = count()
+    timed = latency.compare({"lazy": lambda: sleep(0.3) if next(calls) == 0 else None}, rounds=3)["lazy"]
+    assert timed.num_calls > 100 * latency.MIN_CALLS
+
+
 def test_a_report_holds_milliseconds():
-    assert Latency(1.5, 2.0, 0.5).to_dict() == {"p50": 1.5, "p95": 2.0}
+    timed = Latency(1.5, 2.0, 3.0, ratio=0.5, calls_per_second=600.0, num_calls=200)
+    assert timed.to_dict() == {"p50": 1.5, "p95": 2.0, "p99": 3.0}
 
 
 @pytest.mark.parametrize("step", [0, 1, 20])

@@ -16,7 +16,7 @@ class MlflowLog(MLFlowLogger):
     """Lightning's logger, bound to a run folder; a resumed run is the same MLflow run.
 
     `MLFLOW_TRACKING_URI` names a server in place of the database, which takes about four seconds to create; MLflow 3
-    refuses the faster plain files.
+    refuses the faster plain files. Its reports about how it is used are switched off.
 
     Raises:
         ConfigError: mlflow is not installed.
@@ -24,6 +24,7 @@ class MlflowLog(MLFlowLogger):
 
     def __init__(self, folder: Path, run_name: str, experiment: str) -> None:
         require("mlflow", "track")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report each run, and wait for an answer
         for name in CHATTER:
             logging.getLogger(name).setLevel(logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,8 @@ class Setting:
     background: Tensor  # (N, *shape): training samples
     patch: int  # pixels a side of what is taken away together; a table always loses one feature at a time
     layer: str | None  # of grad_cam; None: chosen by `prepare`
-    steps: int  # on the path of integrated_gradients, and noisy copies of smooth_grad
+    steps: int  # on the path of integrated_gradients
+    copies: int  # noisy ones, of smooth_grad
     noise: float  # of smooth_grad: standard deviation as a share of the range of the sample
     evaluations: int  # perturbed samples of shap and lime
     batch_size: int  # of one forward pass

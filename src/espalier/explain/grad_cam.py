@@ -15,19 +15,19 @@ from espalier.config import nearest
 from espalier.errors import ConfigError, require
 from espalier.explain.base import EXTRA, Setting
 
-PACKAGE = "captum.attr"
+PACKAGE = "captum"
 BY_DEFAULT = True
 MIN_SIDE = 4  # a coarser map says no more than left and right
 PROBE = "grad_cam_probe"
 FITTING = "use integrated_gradients, occlusion, smooth_grad, shap or lime"
 
-Shapes = dict[str, torch.Size]  # module -> shape of its output, in the order in which modules finish
+Shapes = dict[str, tuple[int, ...]]  # module -> shape of its output, in the order in which modules finish
 
 
 def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
     """Where the layer saw what speaks for the output, in its own resolution, scaled to the image; never negative."""
     assert setting.layer is not None, "prepare chooses it"
-    captum = require(PACKAGE, EXTRA)
+    captum = require("captum.attr", EXTRA)
     model, layer = _with_layer(model, setting.layer)
     found = captum.LayerGradCam(model, layer).attribute(
         x[None].clone().requires_grad_(), target=target, relu_attributions=True
@@ -42,7 +42,7 @@ def prepare(model: nn.Module, x: Tensor, setting: Setting) -> Setting:
         ConfigError: no layer has maps, or the one that the user named does not.
     """
     shapes = _output_shapes(model, x)
-    maps = {name: shape for name, shape in shapes.items() if len(shape) == 4 and min(shape[2:]) > 1}
+    maps: Shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4 and min(shape[2:]) > 1}
     if x.ndim != 3 or not maps:
         raise ConfigError(f"task.method=[grad_cam]: this network has no convolutional feature maps; {FITTING}")
     if setting.layer is not None:
@@ -60,7 +60,7 @@ def prepare(model: nn.Module, x: Tensor, setting: Setting) -> Setting:
     return replace(setting, layer=[name for name, shape in maps.items() if min(*shape[2:], MIN_SIDE) == best][-1])
 
 
-def _after(shapes: Shapes, name: str) -> list[torch.Size]:
+def _after(shapes: Shapes, name: str) -> list[tuple[int, ...]]:
     names = list(shapes)
     return [shapes[later] for later in names[names.index(name) + 1 :]]
 
@@ -74,12 +74,12 @@ def _some(maps: Shapes) -> str:
 def _output_shapes(model: nn.Module, x: Tensor) -> Shapes:
     if isinstance(model, CapturedNet):
         nodes = _last_nodes(model.graph)
-        return {name: node.meta["val"].shape for name, node in nodes.items() if "val" in node.meta}
+        return {name: tuple(node.meta["val"].shape) for name, node in nodes.items() if "val" in node.meta}
     shapes: Shapes = {}
 
     def note(name: str, module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, Tensor):
-            shapes[name] = output.shape
+            shapes[name] = tuple(output.shape)
 
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules() if name]
     with torch.no_grad():

@@ -5,6 +5,8 @@ features are drawn around the sample with the spread of the training samples; wh
 its distance from the training mean. Letters: B batch, C channels, H height, W width, F features.
 """
 
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -34,16 +36,17 @@ def _of_image(model: nn.Module, x_CHW: Tensor, target: int, setting: Setting) ->
     explainer = require("lime.lime_image", EXTRA).LimeImageExplainer(
         feature_selection="none", random_state=setting.seed % 2**32
     )
-    found = explainer.explain_instance(
-        _channels_last(x_CHW),
-        output,
-        labels=(0,),
-        top_labels=None,
-        hide_color=_channels_last(setting.baseline),
-        num_samples=setting.evaluations,
-        batch_size=setting.batch_size,
-        segmentation_fn=lambda _: piece_HW.numpy(),
-    )
+    with redirect_stderr(StringIO()):  # a progress bar per sample, which no argument switches off
+        found = explainer.explain_instance(
+            _channels_last(x_CHW),
+            output,
+            labels=(0,),
+            top_labels=None,
+            hide_color=_channels_last(setting.baseline),
+            num_samples=setting.evaluations,
+            batch_size=setting.batch_size,
+            segmentation_fn=lambda _: piece_HW.numpy(),
+        )
     return spread(_in_order(found.local_exp[0]), piece_HW)
 
 

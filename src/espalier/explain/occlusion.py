@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from espalier.errors import require
 from espalier.explain.base import EXTRA, Setting, by_position
 
-PACKAGE = "captum.attr"
+PACKAGE = "captum"
 BY_DEFAULT = True
 
 
@@ -17,7 +17,7 @@ def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tenso
     stride = max(1, setting.patch // 2)
     is_image = x.ndim == 3
     attribution = (
-        require(PACKAGE, EXTRA)
+        require("captum.attr", EXTRA)
         .Occlusion(model)
         .attribute(
             x[None],

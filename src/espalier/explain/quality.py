@@ -23,7 +23,7 @@ def completeness_error(attribution: Tensor, output: float, reference: float) -> 
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's correlation of the absolute values of two maps; 0 where one of them is constant, which has no order."""
+    """Spearman's correlation of the absolute values of two maps; 0 where one is constant, which has no order."""
     ranked = [values.detach().abs().flatten().double().cpu() for values in (one, other)]
     if any(values.max() == values.min() for values in ranked):
         return 0.0
@@ -34,8 +34,8 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 def randomised(model: nn.Module, seed: int) -> nn.Module:
     """A copy that has learnt nothing: the entries of each parameter in random order.
 
-    The model parameter randomisation test of Adebayo et al. 2018, arXiv 1810.03292, section 3.1, all layers at once. Order
-    instead of new numbers keeps the scale of every layer, whatever its kind.
+    For the model parameter randomisation test of Adebayo et al. 2018, arXiv 1810.03292, section 3, all layers at once.
+    Another order instead of new numbers keeps the scale of every layer, whatever its kind.
     """
     twin = copy.deepcopy(model)
     for number, parameter in enumerate(twin.parameters()):

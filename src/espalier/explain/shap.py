@@ -3,7 +3,7 @@
 Lundberg and Lee 2017, arXiv 1705.07874; permutations after Strumbelj and Kononenko 2014,
 doi.org/10.1007/s10115-013-0679-x. A piece that is switched off takes the value that it has in each of several training
 samples, and the outputs are averaged; so the method needs no gradients and knows no baseline.
-Letters: N samples, P pieces.
+Letters: N samples, R combinations, P pieces.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from espalier.explain.base import EXTRA, Setting, pieces, scores, spread
 
 PACKAGE = "shap"
 BY_DEFAULT = False
-NUM_BACKGROUND = 16  # training samples that stand in for what is switched off; cost grows with it
+NUM_BACKGROUND = 8  # training samples that stand in for what is switched off; cost grows with it
 
 
 def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
@@ -28,13 +28,15 @@ def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tenso
     piece = pieces(x.shape, setting.patch)
     num_pieces = int(piece.max()) + 1
     background_N = setting.background[:NUM_BACKGROUND]
+    rows_at_once = max(1, setting.batch_size // len(background_N))
 
-    def value(is_on_NP: NDArray[Any]) -> NDArray[Any]:
+    def value(is_on_QP: NDArray[Any]) -> NDArray[Any]:
         values = []
-        for row in torch.from_numpy(np.asarray(is_on_NP, dtype=np.float32)).to(x.device) > 0:
-            mixed_N = torch.where(row[piece], x, background_N)
-            values.append(scores(model, mixed_N, target, setting.batch_size).mean())
-        return torch.stack(values).double().cpu().numpy()
+        for is_on_RP in torch.from_numpy(np.asarray(is_on_QP) > 0).split(rows_at_once):
+            is_on = is_on_RP.to(x.device)[:, piece].view(-1, 1, *[1] * (x.ndim - piece.ndim), *piece.shape)
+            mixed = torch.where(is_on, x, background_N).flatten(0, 1)
+            values.append(scores(model, mixed, target, setting.batch_size).view(len(is_on), -1).mean(dim=1))
+        return torch.cat(values).double().cpu().numpy()
 
     with _numpy_state():
         explainer = require(PACKAGE, EXTRA).explainers.Permutation(

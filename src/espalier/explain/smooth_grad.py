@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from espalier.errors import require
 from espalier.explain.base import EXTRA, Setting, by_position
 
-PACKAGE = "captum.attr"
+PACKAGE = "captum"
 BY_DEFAULT = True
 
 
 def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
     """The signed mean gradient; the noise follows from the seed alone."""
-    captum = require(PACKAGE, EXTRA)
+    captum = require("captum.attr", EXTRA)
     method = captum.NoiseTunnel(captum.Saliency(model))
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(setting.seed)
         attribution = method.attribute(
             x[None].clone().requires_grad_(),
             nt_type="smoothgrad",
-            nt_samples=setting.steps,
-            nt_samples_batch_size=min(setting.steps, setting.batch_size),
+            nt_samples=setting.copies,
+            nt_samples_batch_size=min(setting.copies, setting.batch_size),
             stdevs=setting.noise * float(x.max() - x.min()),
             target=target,
             abs=False,

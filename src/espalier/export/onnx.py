@@ -5,12 +5,8 @@ Letters: B batch, N output features, K input features, J blocks of a row.
 """
 
 import ast
-import logging
-import os
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +22,12 @@ from espalier.compression.base import Conversion
 from espalier.compression.captured import CapturedNet
 from espalier.compression.weight_only import encode
 from espalier.errors import ConfigError
+from espalier.export.formats import draft, quiet, reason, require_precision
 from espalier.ranges import Count
 
+RUNTIME = "onnxruntime"
+FILES = ("model.onnx",)
+PRECISIONS = ("fp32", "fp16")  # ONNX Runtime has no bfloat16 convolution
 OPSET = 20  # the first that has GELU as one operator
 INPUT, OUTPUT = "input", "logits"
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
@@ -40,15 +40,20 @@ INTEGER_LAYERS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQu
 CONV_DEFAULTS = {"dilations": {1}, "strides": {1}, "pads": {0}}  # of each axis; the schema does not state them
 
 
+def require(key: str) -> None:
+    """Nothing beyond onnx and onnxruntime, which are always there."""
+
+
 def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
     """Write a network in evaluation mode to `path`, for batches of any size; a crash leaves the old file or the new.
 
     `conversion` replaces linear layers by operators of the runtime, which torch has no name for.
 
     Raises:
-        ConfigError: torch cannot export the network.
+        ConfigError: torch cannot export the network, or the runtime has no kernels for its precision.
     """
-    with _quiet():
+    require_precision("onnx", model)
+    with quiet():
         proto = _export(model, input_shape)
         _name_after_modules(proto.graph)
         if conversion is not None:
@@ -56,10 +61,8 @@ def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion
     _pool(proto.graph)
     _strip(proto)
     _shorten(proto.graph)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_bytes(proto.SerializeToString())
-    draft.replace(path)
+    with draft(path) as target:
+        target.write_bytes(proto.SerializeToString())
 
 
 class Session:
@@ -123,12 +126,8 @@ def _export(model: nn.Module, input_shape: tuple[int, ...]) -> ModelProto:
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
         raise ConfigError(
-            f"export: torch cannot turn this network into ONNX ({reason}); "
+            f"export: torch cannot turn this network into ONNX ({reason(error)}); "
             "its forward must be tensor operations that do not depend on values"
         ) from error
     assert program is not None
@@ -289,17 +288,3 @@ def _optimised(model: Path | bytes, level: onnxruntime.GraphOptimizationLevel) -
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath).graph
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing below an error from the exporters, which warn about packages and pre-processing nobody asked for."""
-    level, handlers = logging.root.manager.disable, list(logging.root.handlers)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        logging.root.handlers[:] = handlers  # `logging.warning` installs one

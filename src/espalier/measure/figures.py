@@ -66,7 +66,7 @@ def curves(metrics_csv: Path, target: Path) -> None:
         for place, name in enumerate(names, start=1):
             axes = figure.add_subplot(math.ceil(len(names) / 2), min(len(names), 2), place)
             _draw_curve(axes, name, panels[name])
-        _save(figure, target)
+        save(figure, target)
 
 
 def confusion_matrix(matrix: Tensor | NDArray[Any], class_names: Sequence[str], target: Path) -> None:
@@ -87,7 +87,7 @@ def confusion_matrix(matrix: Tensor | NDArray[Any], class_names: Sequence[str], 
         axes.set(xlabel="predicted", ylabel="true")
         axes.set_title(f"accuracy {accuracy:.2%} over {int(counts_KK.sum()):,} samples")
         figure.colorbar(image, ax=axes, shrink=0.75, label="share of the true class")
-        _save(figure, target)
+        save(figure, target)
 
 
 def predicted_vs_true(predicted: Tensor | NDArray[Any], true: Tensor | NDArray[Any], target: Path) -> None:
@@ -104,7 +104,7 @@ def predicted_vs_true(predicted: Tensor | NDArray[Any], true: Tensor | NDArray[A
         axes.scatter(true_N[::stride].numpy(), predicted_N[::stride].numpy(), s=14, alpha=0.6, color=BLUE, linewidths=0)
         axes.set(xlabel="true", ylabel="predicted", aspect="equal")
         axes.set_title(f"RMSE {rmse:.4g} over {len(true_N):,} samples")
-        _save(figure, target)
+        save(figure, target)
 
 
 def trade_off(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
@@ -131,8 +131,8 @@ def trade_off(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
             whisker = [[0], [max(0, p95[place] - p50[place])]]
             left.errorbar(p50[place], values[place], xerr=whisker, elinewidth=1, label=label, **style)
             right.plot(sizes[place], values[place], **style)
-        _scale(left, [*p50, *p95], "{:.3g}".format)
-        _scale(right, sizes, report.bytes_)
+        scale_axis(left, [*p50, *p95], "{:.3g}".format)
+        scale_axis(right, sizes, report.bytes_)
         left.set(xlabel=f"milliseconds, batch of {batch_size}", ylabel=metric.partition("/")[2].replace("_", " "))
         right.set(xlabel="size of the file")
         middle, spread = (max(values) + min(values)) / 2, max(values) - min(values)
@@ -140,7 +140,7 @@ def trade_off(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
         left.set_ylim(middle - margin, middle + margin)
         left.ticklabel_format(axis="y", useOffset=False)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", fontsize=9)
-        _save(figure, target)
+        save(figure, target)
 
 
 def sensitivity(growth: Mapping[str, float], target: Path) -> None:
@@ -154,7 +154,7 @@ def sensitivity(growth: Mapping[str, float], target: Path) -> None:
         axes.tick_params(axis="y", length=0, labelsize=9)
         axes.set(xlabel="growth of the loss")
         axes.set_title(f"{len(shown)} most sensitive of {len(growth)} layers")
-        _save(figure, target)
+        save(figure, target)
 
 
 def _per_epoch(metrics_csv: Path) -> dict[str, Series]:
@@ -197,7 +197,7 @@ def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _scale(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
+def scale_axis(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
     """From zero upwards, or logarithmic where values lie far apart; `text` writes the numbers at the ticks."""
     if max(values) > LOG_FROM * min(values) > 0:
         axes.set_xscale("log")
@@ -226,6 +226,7 @@ def _write_counts(axes: Axes, counts_KK: Tensor, share_KK: Tensor) -> None:
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 
 
-def _save(figure: Figure, target: Path) -> None:
+def save(figure: Figure, target: Path) -> None:
+    """A PNG; its folder is made where it is missing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_figure(str(target))

@@ -5,7 +5,7 @@ Clock speed and neighbours drift over seconds: candidates take turns, so what sl
 their ratio within a round stays.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -47,21 +47,17 @@ def compare(calls: Mapping[str, Callable[[], Any]], rounds: Count) -> dict[str, 
     for _ in range(rounds):
         for name, call in calls.items():
             turns_ms[name].append(_turn(call, num_calls[name]))
-    medians = {name: np.array([np.median(turn) for turn in turns]) for name, turns in turns_ms.items()}
-    first = next(iter(medians.values()))
-    compared: dict[str, Latency] = {}
-    for name, turns in turns_ms.items():
-        calls_ms = np.concatenate(turns)
-        p50, p95, p99 = (float(value) for value in np.percentile(calls_ms, [50, 95, 99]))
-        compared[name] = Latency(
-            p50,
-            p95,
-            p99,
-            ratio=float(np.median(medians[name] / first)),
-            calls_per_second=float(np.median([MS / turn.mean() for turn in turns])),
-            num_calls=len(calls_ms),
-        )
-    return compared
+    first = next(iter(turns_ms.values()))
+    return {name: summary(turns, first) for name, turns in turns_ms.items()}
+
+
+def summary(turns_ms: Sequence[NDArray[np.float64]], first_ms: Sequence[NDArray[np.float64]]) -> Latency:
+    """What the calls of one candidate say, an array per round, beside those of the first candidate."""
+    calls_ms = np.concatenate(turns_ms)
+    p50, p95, p99 = (float(value) for value in np.percentile(calls_ms, [50, 95, 99]))
+    ratios = [np.median(turn) / np.median(first) for turn, first in zip(turns_ms, first_ms, strict=True)]
+    calls_per_second = float(np.median([MS / turn.mean() for turn in turns_ms]))
+    return Latency(p50, p95, p99, float(np.median(ratios)), calls_per_second, len(calls_ms))
 
 
 def _warm_up(call: Callable[[], Any]) -> int:

@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,24 @@ def peak_bytes(prepare: Prepare, threads: Count) -> int:
     Raises:
         RuntimeError: the process ended without an answer: its last words, or the signal that killed it.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=pickle.dumps(prepare),
-        capture_output=True,
-        timeout=MAX_SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
+    words = [sys.executable, "-m", __name__]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    try:
+        done = subprocess.run(
+            words, input=pickle.dumps(prepare), capture_output=True, timeout=MAX_SECONDS, env=environment
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"no answer in {MAX_SECONDS} s") from error
     if done.returncode:
-        words = done.stderr.decode(errors="replace").strip().splitlines()
-        raise RuntimeError(words[-1] if words else f"ended with {done.returncode}")
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"its process ended with {done.returncode}" + (f": {said[-1]}" if said else ""))
     return int(done.stdout.split()[-1])
+
+
+def on_zeros(load: Callable[[], Callable[[torch.Tensor], Any]], shape: tuple[int, ...], device: torch.device) -> Load:
+    """`load`, and calls of its result with samples of that shape; `partial(on_zeros, load, ...)` is a `Prepare`."""
+    x = torch.zeros(shape, device=device)
+    return lambda: partial(load(), x)
 
 
 def tensor_bytes(module: torch.nn.Module) -> int:

@@ -49,7 +49,7 @@ def read(folder: Path) -> Report:
 
 def table(report: Report, width: int = TABLE_WIDTH) -> RenderableType:
     """Rows are artifacts, columns are metrics and costs; several tables where one would be wider than `width`."""
-    metrics, costs = _columns(report)
+    metrics, costs = columns_of(report)
     names = {"": metrics.pop("")}
     is_split = _width({**names, **metrics, **costs}) > width  # then metrics and costs do not share a table
     grids: list[Columns] = [{}]
@@ -59,12 +59,12 @@ def table(report: Report, width: int = TABLE_WIDTH) -> RenderableType:
             grids.append({})
         grids[-1][header] = cells
     remarks = [Text(line, style="dim") for line in _remarks(report)]
-    return Group(*[_grid({**names, **columns}) for columns in grids if columns], *remarks)
+    return Group(*[grid_of({**names, **columns}) for columns in grids if columns], *remarks)
 
 
 def markdown(report: Report) -> str:
     """The same table and remarks, for `report.md` and for pull requests."""
-    metrics, costs = _columns(report)
+    metrics, costs = columns_of(report)
     columns = {**metrics, **costs}
     lines = [f"# {report.task}: {Path(report.run).name}", ""]
     lines.append("| " + " | ".join(columns) + " |")
@@ -88,7 +88,7 @@ def trials(finished: Sequence[Trial]) -> Table:
     for metric in metrics:
         columns[_short(metric, metrics)] = [_cell(values.get(metric), number) for values in measured]
     columns["state"] = [outcome for _, _, outcome in finished]
-    return _grid(columns)
+    return grid_of(columns)
 
 
 def si(value: float) -> str:
@@ -127,13 +127,14 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "size_bytes": ("size", bytes_),
     "seconds": ("time", duration),
     "samples_per_second": ("samples/s", number),
+    "peak_bytes": ("peak memory", bytes_),
 }
 NOT_COSTS = {"name", "runtime", "metrics", "latency_ms"}
 
 Columns = dict[str, list[str]]  # header -> one cell per row; the header of the names is empty
 
 
-def _columns(report: Report) -> tuple[Columns, Columns]:
+def columns_of(report: Report) -> tuple[Columns, Columns]:
     """The metric columns, headed by the names of the rows, and the cost columns."""
     rows = report.rows
     metrics: Columns = {"": [str(row["name"]) for row in rows]}
@@ -149,6 +150,8 @@ def _columns(report: Report) -> tuple[Columns, Columns]:
         is_news = key != "nonzero" or cells != costs.get("params")
         if is_news and set(cells) != {MISSING}:
             costs[header] = cells
+    for batch in _keys(row.get("speedup", {}) for row in rows):
+        costs[f"speed, batch {batch}"] = [_cell(row.get("speedup", {}).get(batch), "{:.2f}x".format) for row in rows]
     for batch in _keys(row.get("latency_ms", {}) for row in rows):
         quantiles = [row.get("latency_ms", {}).get(batch, {}) for row in rows]
         costs[f"ms, batch {batch}"] = [_cell(quantile.get("p50"), _three_digits) for quantile in quantiles]
@@ -195,11 +198,12 @@ def _width(columns: Mapping[str, Sequence[str]]) -> int:
     return sum(2 + max(map(len, [header, *cells])) for header, cells in columns.items()) + len(columns) + 1
 
 
-def _grid(columns: Mapping[str, Sequence[str]]) -> Table:
+def grid_of(columns: Mapping[str, Sequence[str]]) -> Table:
+    """A table for the terminal; numbers stand right, the column without a header holds names."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header, cells in columns.items():
         is_numeric = header != "" and all(cell == MISSING or cell.lstrip("-")[:1].isdigit() for cell in cells)
-        grid.add_column(header, justify="right" if is_numeric else "left", style="bold" if header == "" else "")
+        grid.add_column(Text(header), justify="right" if is_numeric else "left", style="bold" if header == "" else "")
     for cells in zip(*columns.values(), strict=True):
         grid.add_row(*(Text(cell) for cell in cells))
     return grid

@@ -10,18 +10,17 @@ import socket
 import sys
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from espalier.errors import ConfigError
+from espalier.serving.address import listen
+from espalier.serving.app import App
 from espalier.serving.metrics import SHARED
 from espalier.serving.predictor import Predictor
 from espalier.serving.settings import Settings
-
-BACKLOG = 2048  # connections that the kernel holds until they are accepted
 
 
 def main() -> int:
@@ -38,30 +37,12 @@ def main() -> int:
     return run(settings, name, listening)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections already, so that nobody is turned away while the workers start.
-
-    Raises:
-        ConfigError: the address is not one of this machine, or is taken.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(BACKLOG)
-    except OSError as error:
-        raise ConfigError(f"task.host={host} task.port={port}: cannot listen there: {error.strerror}") from error
-    listening.set_inheritable(True)
-    return listening
-
-
 def run(settings: Settings, name: str, listening: socket.socket) -> int:
     """Serve on the socket until a signal comes; the exit code."""
     host, port = listening.getsockname()[:2]
     ready = f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}"
     config = uvicorn.Config(
-        partial(create, settings, ready),
+        partial(App, settings, ready),
         factory=True,
         workers=settings.workers,
         http="espalier.serving.protocol:Protocol",
@@ -79,17 +60,10 @@ def run(settings: Settings, name: str, listening: socket.socket) -> int:
         uvicorn.Server(config).run([listening])
         return 0
     with TemporaryDirectory(prefix="espalier_metrics_") as folder:
-        os.environ[SHARED] = folder
+        os.environ[SHARED] = folder  # prometheus_client reads it when a worker imports it
         workers = Multiprocess(config, [listening])
         workers.run()
         return int(any(process.exitcode == STARTUP_FAILURE for process in workers.processes))
-
-
-def create(settings: Settings, ready: str) -> Any:  # uvicorn's own type of an application is private
-    """The application of one worker, imported there: prometheus_client looks at the environment when it is imported."""
-    from espalier.serving.app import App
-
-    return App(settings, ready)
 
 
 if __name__ == "__main__":

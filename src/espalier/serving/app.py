@@ -22,11 +22,11 @@ from PIL import Image
 from espalier.serving import occlusion
 from espalier.serving.batcher import RETRY_AFTER_S, Batcher
 from espalier.serving.body import Message, Receive
+from espalier.serving.errors import ClientGoneError, RequestError
 from espalier.serving.intake import JSON, Intake
 from espalier.serving.metrics import CONTENT_TYPE, Metrics
 from espalier.serving.patience import patiently
 from espalier.serving.predictor import Predictor
-from espalier.serving.errors import ClientGoneError, RequestError
 from espalier.serving.settings import Settings
 
 Scope = Message
@@ -39,18 +39,19 @@ PAGE = {
     "/script.js": ("script.js", "text/javascript"),
 }
 PUBLIC = ("name", "run", "data", "preprocessing", "precision", "sample_by_sample", "formats", "files", "versions")
-DIGITS = 6  # of a probability
+DIGITS = 9  # behind the point: float32 has no more
 GONE = 499  # how the metrics count clients that left
-HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"cache-control", b"no-store"),
+NOT_SNIFFED = (b"x-content-type-options", b"nosniff")
+PAGE_HEADERS = [
+    (b"cache-control", b"no-cache"),
     (b"referrer-policy", b"no-referrer"),
     (
         b"content-security-policy",
         b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'",
     ),
-)
+]
 log = logging.getLogger("espalier.serving")
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what is wrong with a form, its client is told
 
 
 class Reply(NamedTuple):
@@ -59,6 +60,14 @@ class Reply(NamedTuple):
     status: int
     kind: str  # content type
     body: bytes
+
+
+class Row(NamedTuple):
+    """What the network says about one sample."""
+
+    values: list[float]  # K probabilities, or the one value of a regression
+    best: int  # place of the largest
+    is_finite: bool
 
 
 class App:
@@ -85,19 +94,14 @@ class App:
             return
         route = scope["path"]
         method, answer = self._routes.get(route, ("", None))
-        retry: tuple[tuple[bytes, bytes], ...] = ()
         try:
             if answer is None:
                 raise RequestError(404, f"there is nothing here; the routes are {', '.join(self._routes)}")
             if scope["method"] != method and (scope["method"], method) != ("HEAD", "GET"):
                 raise RequestError(405, f"{route} takes {method}")
             reply = await answer(scope, receive)
-        except RequestError as refusal:
-            reply = Reply(refusal.status, JSON, orjson.dumps({"error": refusal.message}))
-            if refusal.status == 405:
-                retry = ((b"allow", method.encode()),)
-            if refusal.status == 503:
-                retry = ((b"retry-after", str(RETRY_AFTER_S).encode()),)
+        except RequestError as error:
+            reply = Reply(error.status, JSON, orjson.dumps({"error": error.message}))
         except ClientGoneError:
             self.metrics.count(route, GONE)
             return
@@ -105,20 +109,22 @@ class App:
             log.exception("%s failed", route)
             reply = Reply(500, JSON, b'{"error":"the server failed; its log says why"}')
         self.metrics.count(route if answer else "other", reply.status)
-        headers = [(b"content-type", reply.kind.encode()), (b"content-length", str(len(reply.body)).encode()), *HEADERS]
-        await send({"type": "http.response.start", "status": reply.status, "headers": [*headers, *retry]})
+        headers = [(b"content-type", reply.kind.encode()), (b"content-length", b"%d" % len(reply.body)), NOT_SNIFFED]
+        if reply.status == 405:
+            headers.append((b"allow", method.encode()))
+        elif reply.status == 503:
+            headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        elif route in PAGE:
+            headers += PAGE_HEADERS
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": reply.body})
 
     async def predict(self, scope: Scope, receive: Receive) -> Reply:
         """Label and probabilities of each sample; of a regression its value."""
         raw = await self._intake.samples(scope, receive)
         began = time.perf_counter()
-        if len(raw) <= self.batcher.max_batch:
-            outcome = self.batcher.submit(raw)
-        else:
-            outcome = asyncio.ensure_future(self.batcher.run(raw))
-        values_BK = await patiently(outcome, receive, self.settings.time_limit_s)
-        reply = Reply(200, JSON, orjson.dumps({"predictions": self._described(values_BK)}))
+        rows = await patiently(self._outcome(raw), receive, self.settings.time_limit_s)
+        reply = Reply(200, JSON, orjson.dumps({"predictions": [self._described(row) for row in rows]}))
         self.metrics.latency(time.perf_counter() - began)
         return reply
 
@@ -126,16 +132,16 @@ class App:
         """The prediction of one sample, and how far its output falls where a part of the sample is covered."""
         raw = await self._intake.samples(scope, receive)
         if len(raw) != 1:
-            raise RequestError(422, f"{len(raw)} samples; /explain takes one")
+            raise RequestError(422, f"{len(raw)} samples in the request; /explain takes one")
         copies, masks = occlusion.covered(self.predictor.spec, raw[0])
-        outcome = asyncio.ensure_future(self.batcher.run(np.concatenate([raw, copies])))
-        values_NK = await patiently(outcome, receive, self.settings.time_limit_s)
-        [prediction] = self._described(values_NK[:1])
-        place = int(values_NK[0].argmax())
-        heat = occlusion.heat(values_NK[0, place] - values_NK[1:, place], masks)
-        rounded = np.round(heat.astype(np.float64), DIGITS).tolist()
-        content = {"prediction": prediction, "heat_map": rounded, "image": self._picture(raw[0])}
-        return Reply(200, JSON, orjson.dumps(content))
+        outcome = self._outcome(np.concatenate([raw, copies]))
+        row, *others = await patiently(outcome, receive, self.settings.time_limit_s)
+        prediction = self._described(row)
+        drops = np.array([row.values[row.best] - other.values[row.best] for other in others], dtype=np.float32)
+        heat = np.round(occlusion.heat(drops, masks).astype(np.float64), DIGITS).tolist()
+        return Reply(
+            200, JSON, orjson.dumps({"prediction": prediction, "heat_map": heat, "image": self._picture(raw[0])})
+        )
 
     async def health(self, scope: Scope, receive: Receive) -> Reply:
         """200 while it takes requests."""
@@ -161,10 +167,9 @@ class App:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         self.predictor = Predictor(self.settings.bundle, self.settings.threads)
-        self.batcher = Batcher(self.predictor.predict, self.settings.max_batch, self.settings.queue)
         self._intake = Intake(self.predictor.spec, self.settings)
         self.metrics = Metrics(lambda: self.batcher.num_waiting)
-        self.batcher.observe = self.metrics.batch
+        self.batcher = Batcher(self._rows, self.settings.max_batch, self.settings.queue, self.metrics.batch)
         folder = Path(__file__).parent / "page"
         self._page = {path: (folder / name).read_bytes() for path, (name, _) in PAGE.items()}
         await send({"type": "lifespan.startup.complete"})
@@ -174,22 +179,35 @@ class App:
         self._intake.stop()
         await send({"type": "lifespan.shutdown.complete"})
 
-    def _described(self, values_BK: Array) -> list[dict[str, Any]]:
-        """What a client reads of each row.
+    def _outcome(self, raw: Array) -> "asyncio.Future[list[Row]]":
+        if len(raw) <= self.batcher.max_batch:
+            return self.batcher.submit(raw)
+        return asyncio.ensure_future(self.batcher.rows(raw))
+
+    def _rows(self, raw: Array) -> list[Row]:
+        """What the thread of the batcher runs; all that can be done for a whole batch is done here."""
+        values_BK = self.predictor.predict(raw)
+        is_finite = np.logical_and.reduce(np.isfinite(values_BK), axis=1).tolist()
+        values = np.round(values_BK.astype(np.float64), DIGITS).tolist()
+        best = values_BK.argmax(axis=1).tolist()
+        return [Row(*each) for each in zip(values, best, is_finite, strict=True)]
+
+    def _described(self, row: Row) -> dict[str, Any]:
+        """What a client reads of a sample.
 
         Raises:
-            RequestError: a value is not finite.
+            RequestError: the output is not finite.
         """
-        if not np.isfinite(values_BK).all():
+        if not row.is_finite:
             raise RequestError(422, "the network's output is not finite for this input; check the size of its numbers")
-        rows = np.round(values_BK.astype(np.float64), DIGITS).tolist()
         names = self.predictor.spec.class_names
         if not names:
-            return [{"value": value} for (value,) in rows]
-        return [
-            {"label": names[best], "probability": row[best], "probabilities": dict(zip(names, row, strict=True))}
-            for row, best in zip(rows, values_BK.argmax(axis=1).tolist(), strict=True)
-        ]
+            return {"value": row.values[0]}
+        return {
+            "label": names[row.best],
+            "probability": row.values[row.best],
+            "probabilities": dict(zip(names, row.values, strict=True)),
+        }
 
     def _picture(self, raw: Array) -> str | None:
         """What the network saw, as a PNG in base64; None where it is no picture."""

@@ -1,6 +1,5 @@
-"""The body of a request, read within a limit of bytes and of time, whatever the client claims."""
+"""The body of a request, read within a limit of bytes, whatever the client claims; `protocol.py` limits its time."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -12,32 +11,27 @@ BODIES = 8  # of the largest allowed size, that may be held at once while they c
 
 
 class BodyReader:
-    """Reads bodies of up to `max_bytes`, each within `time_limit_s`."""
+    """Reads bodies of up to `max_bytes`."""
 
-    def __init__(self, max_bytes: int, time_limit_s: float) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.time_limit_s = time_limit_s
         self._held_bytes = 0  # of bodies that are not whole yet
 
     async def read(self, declared: bytes, receive: Receive) -> bytes:
         """The whole body; `declared` is the header `content-length`, empty where there is none.
 
         Raises:
-            RequestError: it is too long (413), too slow (408), or too many others are coming in (503).
+            RequestError: it is too long (413), or too many others are coming in (503).
             ClientGoneError: the connection broke.
         """
         if declared and int(declared) > self.max_bytes:
             raise self._too_long(f"{int(declared)} bytes")
-        try:
-            async with asyncio.timeout(self.time_limit_s):
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGoneError
-                if message["more_body"]:
-                    return await self._rest(message["body"], receive)
-        except TimeoutError:
-            raise RequestError(408, f"the body did not come within {self.time_limit_s:g} s; send it faster") from None
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
         body: bytes = message["body"]
+        if message["more_body"]:
+            return await self._rest(body, receive)
         if len(body) > self.max_bytes:
             raise self._too_long("more")
         return body

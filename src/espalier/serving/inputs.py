@@ -25,6 +25,7 @@ PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # decoders that may run; Pillo
 PICTURE_TYPES = frozenset(f"image/{name.lower()}" for name in PICTURES)
 MAX_PIXELS = 16_000_000  # of all pictures of a request: a file of a few kB can claim any number
 MAX_MESSAGE = 200  # letters of somebody else's error in ours
+LARGEST = float(np.finfo(np.float32).max)
 NUMBERS = "iuf"  # numpy's kinds: integers and floats
 
 Raw = NDArray[np.float32]
@@ -72,11 +73,9 @@ def arrays(spec: DataSpec, items: Sequence[Any]) -> Raw:
         given = np.empty(0, dtype=object)
     if given.shape[1:] != spec.shape or given.dtype.kind not in NUMBERS:
         raise _misfit(spec, items)
-    with np.errstate(over="ignore"):
-        raw = given.astype(np.float32)
-    if not np.isfinite(raw).all():
-        raise RequestError(422, "a number is too large for 32 bits; only finite numbers are allowed")
-    return raw
+    if given.dtype.kind == "f" and (given.min() < -LARGEST or given.max() > LARGEST):
+        raise RequestError(422, f"a number is beyond {LARGEST:.3g}, the largest of 32 bits")
+    return given.astype(np.float32)
 
 
 def mixed(spec: DataSpec, items: Sequence[Any]) -> Raw:

@@ -10,8 +10,8 @@ from typing import Any
 
 from espalier.serving import inputs
 from espalier.serving.body import BodyReader, Message, Receive
-from espalier.serving.inputs import Raw
 from espalier.serving.errors import RequestError
+from espalier.serving.inputs import Raw
 from espalier.serving.settings import Settings
 from espalier.spec import DataSpec
 
@@ -29,7 +29,7 @@ class Intake:
         self.spec = spec
         self.most = settings.queue  # samples: a request with more could never be accepted
         self.max_bytes = int(settings.max_body_mb * 1e6)
-        self._reader = BodyReader(self.max_bytes, settings.time_limit_s)
+        self._reader = BodyReader(self.max_bytes)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="intake")
 
     async def samples(self, scope: Message, receive: Receive) -> Raw:

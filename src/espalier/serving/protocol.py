@@ -1,6 +1,6 @@
-"""HTTP/1.1 by uvicorn, and two limits that it lacks: of the size of a head, and of the time that one may take.
+"""HTTP/1.1 by uvicorn, and two limits that it lacks: of the size of a head, and of the time that a request may take.
 
-A client that opens connections and then sends nothing, or one header a minute, or headers without end, would otherwise
+A client that opens connections and then sends nothing, or one byte a minute, or headers without end, would otherwise
 be served for ever.
 """
 
@@ -11,20 +11,20 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64_000  # of method, path and headers together; uvicorn hands on up to 256 kB at once
-HEAD_LIMIT_S = 30.0  # for a head to come, and for the rest of a body that was refused already
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection to an `App`. A request must be whole within the time limit of its settings."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:  # uvicorn's, handed through
         super().__init__(*arguments, **named)
         self._head_bytes: int | None = 0  # None while no head is coming in
+        self._is_whole = False  # the request that came last
         self._patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._patience = self.loop.call_later(HEAD_LIMIT_S, self._give_up)
+        self._be_patient()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_patience()
@@ -36,17 +36,27 @@ class Protocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes")
-        if self._patience is None and not self._is_serving:
-            self._patience = self.loop.call_later(HEAD_LIMIT_S, self._give_up)
+        if not self._is_whole and self._patience is None:
+            self._be_patient()
+
+    def eof_received(self) -> None:
+        if not self._is_whole:
+            self._refuse(400, "the request ends before it is whole")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
+        self._is_whole = False
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._head_bytes = None
-        self._stop_patience()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._is_whole = True
+        if self._patience is not None:
+            self._stop_patience()
 
     def shutdown(self) -> None:
         self.app.is_stopping = True  # /health says so
@@ -55,24 +65,22 @@ class Protocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is no HTTP request")
 
-    @property
-    def _is_serving(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+    def _be_patient(self) -> None:
+        limit_s = self.app.settings.time_limit_s
+        self._patience = self.loop.call_later(limit_s, self._refuse, 408, f"no whole request within {limit_s:g} s")
 
     def _stop_patience(self) -> None:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
 
-    def _give_up(self) -> None:
-        self._patience = None
-        if not self._is_serving:
-            self._refuse(408, f"no whole request within {HEAD_LIMIT_S:g} s")
-
     def _refuse(self, status: int, message: str) -> None:
+        """Answer without the application, and close; where it has answered already, only close."""
         if self.transport.is_closing():
             return
-        body = orjson.dumps({"error": message})
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
+        if self._head_bytes is not None or not self.cycle.response_started:
+            body = orjson.dumps({"error": message})
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            self.transport.write(STATUS_LINE[status] + head + body)
+            self.app.metrics.count("other", status)
         self.transport.close()

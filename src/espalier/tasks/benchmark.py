@@ -5,8 +5,9 @@ Letters: B batch.
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,8 +22,8 @@ from espalier.compression.base import Conversion, Stage, conversion, finalize, s
 from espalier.errors import ConfigError
 from espalier.export import deployed, formats
 from espalier.export.bundle import Bundle
-from espalier.measure import cost, frontier, latency, provenance, report
-from espalier.measure.memory import Call, Load, Prepare, peak_bytes, tensor_bytes
+from espalier.measure import comparison, cost, frontier, latency, provenance, report
+from espalier.measure.memory import Load, Prepare, on_zeros, peak_bytes, tensor_bytes
 from espalier.ranges import Count
 from espalier.run import Run
 from espalier.spec import Report
@@ -30,8 +31,9 @@ from espalier.spec import Report
 Runtime = Literal["eager", "compiled", "onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino"]
 Precision = Literal["fp32", "bf16"]
 IN_TORCH = ("eager", "compiled")  # the others are files
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_COMPILED = 1024  # forms of one forward: networks, batch sizes, threads; after 8 torch would go on uncompiled
+NOT_IN_NAMES = re.compile(r"[^\w.+-]+")  # of folders
+CPU = torch.device("cpu")  # where files run
 FEW_CALLS = 100  # below, the 99th percentile is the slowest call or close to it
 
 Forward = Callable[[Tensor], Tensor]  # x (B, ...) to logits; finished when it returns
@@ -46,17 +48,17 @@ class Network:
     cost: dict[str, int]
     deployable: nn.Module | None  # None: files alone
     conversion: Conversion | None  # what is left for an exporter
+    files: dict[tuple[str, str], Path] = field(default_factory=dict)  # of a runtime and a precision, once written
 
     @property
     def is_quantized(self) -> bool:
         return any(stage_of(entry["method"]) == Stage.QUANTIZE for entry in self.source.ledger)
 
-    @property
-    def sample_by_sample(self) -> bool:
-        """Whether its files give the activations of each call one range, so that samples disturb each other."""
+    def sample_by_sample(self, runtime: str) -> bool:
+        """Whether a file gives the activations of each call one range, so that samples disturb each other."""
         if isinstance(self.source, Bundle):
             return self.source.sample_by_sample
-        return self.conversion is not None and self.conversion.kind == "dynamic"
+        return deployed.is_dynamic(self.conversion) and "dynamic" in formats.module(runtime).CONVERSIONS
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,6 @@ class Candidate:
     forward: Forward
     prepare: Prepare  # the same in another process
     sample_by_sample: bool
-
-    @property
-    def label(self) -> str:
-        return f"{self.row['name']} ({self.row['runtime']})"
 
 
 def benchmark(
@@ -102,40 +100,55 @@ def benchmark(
     if not plan:
         raise ConfigError(f"task.runtimes=[{','.join(runtimes)}]: nothing to run; {'; '.join(notes)}")
     rows: list[dict[str, Any]] = []
-    for count in threads:
-        torch.set_num_threads(count)
-        candidates = [_candidate(run, *choice, count, max(batches)) for choice in plan]
-        run.say(f"{len(candidates)} candidates take turns on {count} thread{'s' if count > 1 else ''}")
-        notes += _measure(run, candidates, batches, rounds, score)
-        if memory:
-            notes += _weigh(candidates, count)
-        rows += [candidate.row | ({"threads": count} if len(threads) > 1 else {}) for candidate in candidates]
+    hardware = _hardware(run)  # before this process is part of the load
+    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True):
+        for count in dict.fromkeys(threads):
+            torch.set_num_threads(count)
+            candidates = [_candidate(run, *choice, count, max(batches)) for choice in plan]
+            run.say(f"{len(candidates)} candidates take turns on {count} thread{'s' if count > 1 else ''}")
+            notes += _measure(run, candidates, batches, rounds, score)
+            if memory:
+                run.say("peak memory: a process for each candidate")
+                notes += _weigh(candidates, count)
+            for row in (candidate.row for candidate in candidates):
+                several = {"name": f"{row['name']}, {count} threads", "threads": count}
+                rows.append(row | (several if len(threads) > 1 else {}))
     frontier.latency(rows, run.folder / "figures" / "latency.png")
-    fastest = {batch: max(rows, key=lambda row: row["speedup"][batch]) for batch in rows[0]["speedup"]}
-    notes = [_hardware(run), *_fastest(rows[0], fastest), *dict.fromkeys(notes)]
+    fastest = {batch: min(rows, key=lambda row: row["latency_ms"][batch]["p50"]) for batch in rows[0]["latency_ms"]}
+    notes = [hardware, *_fastest(rows[0], fastest), *dict.fromkeys(notes)]
     return run.publish(rows, notes, {f"latency_{batch}": row["speedup"][batch] for batch, row in fastest.items()})
 
 
 def _require(run: Run, runtimes: Sequence[Runtime]) -> None:
     """Raise `ConfigError` if a runtime that would be used is not installed."""
     for name in runtimes:
-        if name not in IN_TORCH and any(isinstance(source, Checkpoint) or name in source.formats for source in run.sources):
+        if name not in IN_TORCH and any(
+            isinstance(source, Checkpoint) or name in source.formats for source in run.sources
+        ):
             formats.module(name).require(f"task.runtimes={name}")
 
 
 def _networks(run: Run) -> Iterator[Network]:
-    """Each source under a name of its own."""
+    """Each source under a name of its own: what it went through, and its run where several went through the same."""
     names = [source.name if isinstance(source, Bundle) else deployed.name_of(source.ledger) for source in run.sources]
-    for source, name in zip(run.sources, names, strict=True):
+    folders = [_run_of(source) for source in run.sources]
+    short = [comparison.name_of(folder) for folder in folders]
+    for source, name, folder, its_run in zip(run.sources, names, folders, short, strict=True):
         if names.count(name) > 1:
-            folder = source.path.parent.parent if isinstance(source, Checkpoint) else source.path.parent
-            name = f"{name}, {folder.name}"
+            name = f"{name}, {its_run if short.count(its_run) == 1 else folder}"
         if isinstance(source, Bundle):
             yield Network(name, source, {}, None, None)
             continue
         trained, ledger = without_teacher(run.network(source), source.ledger)
         counted = cost.counts(trained, run.data.spec.shape)
         yield Network(name, source, counted, finalize(copy.deepcopy(trained), ledger), conversion(ledger))
+
+
+def _run_of(source: Checkpoint | Bundle) -> Path:
+    """The folder of RUN/checkpoints/best.ckpt, of RUN/export, or of a bundle that was moved."""
+    if isinstance(source, Checkpoint):
+        return source.path.parent.parent
+    return source.path.parent if source.path.name == "export" else source.path
 
 
 def _plan(
@@ -145,16 +158,25 @@ def _plan(
     plan: list[tuple[Network, Runtime, Precision]] = []
     notes = []
     for network, runtime, form in product(networks, dict.fromkeys(runtimes), dict.fromkeys(precision)):
-        what = f"not run: {network.name} ({runtime})"
+        what = f"{network.name}, {runtime}" + ("" if form == "fp32" else f" in {form}")
+        kind = network.conversion.kind if network.conversion else None
         if isinstance(network.source, Bundle) and runtime not in network.source.formats:
-            notes.append(f"{what}: the bundle holds {', '.join(network.source.formats)}")
-        elif form == "bf16" and runtime not in IN_TORCH:
-            notes.append(f"{what} in bf16: task.precision is for {' and '.join(IN_TORCH)}; a file has its own")
-        elif form == "bf16" and network.is_quantized:
-            notes.append(f"{what} in bf16: its numbers are integers")
+            notes.append(f"not run: {what}: the bundle holds {', '.join(network.source.formats)}")
+        elif isinstance(network.source, Bundle) and form != "fp32":
+            notes.append(f"not run: {what}: a bundle has the precision that it was exported in")
+        elif form != "fp32" and network.is_quantized:
+            notes.append(f"not run: {what}: its numbers are integers")
+        elif runtime not in IN_TORCH and form not in formats.module(runtime).PRECISIONS:
+            notes.append(f"not run: {what}: the runtime lacks layers in it on a CPU")
         else:
             plan.append((network, runtime, form))
+            if kind and isinstance(network.source, Checkpoint) and kind not in _conversions(runtime):
+                notes.append(f"{what} computes in float: it has no operators for {kind}")
     return plan, notes
+
+
+def _conversions(runtime: Runtime) -> Collection[str]:
+    return () if runtime in IN_TORCH else formats.module(runtime).CONVERSIONS
 
 
 def _candidate(
@@ -162,29 +184,40 @@ def _candidate(
 ) -> Candidate:
     """Ready to be called; `batch_size` is that of the call whose memory is measured."""
     shape = (batch_size, *run.data.spec.shape)
-    name = network.name if form == "fp32" else f"{network.name} {form}"
-    row: dict[str, Any] = {"name": name, "runtime": runtime, **network.cost}
+    row: dict[str, Any] = {"name": f"{_named(network, form)}, {runtime}", "runtime": runtime, **network.cost}
     if runtime in IN_TORCH:
         assert network.deployable is not None
-        module, device = in_precision(network.deployable, form), run.trainer.strategy.root_device
+        module, device = formats.in_precision(copy.deepcopy(network.deployable), form), run.trainer.strategy.root_device
         bare = Run(run.cfg, run.words, run.folder, run.task)  # without what it has built: this one travels
-        prepare: Prepare = partial(
-            prepare_module, bare, network.source.path, runtime, form, threads, shape, device
-        )
+        prepare: Prepare = partial(prepare_module, bare, network.source.path, runtime, form, threads, shape, device)
         row["size_bytes"] = tensor_bytes(module)
         return Candidate(row, on_device(module, runtime, device), prepare, False)
-    written = formats.module(runtime)
-    if isinstance(network.source, Bundle):
-        path = network.source.file(runtime)
-    else:
-        path = run.folder / "export" / f"{network.name}_{runtime}" / written.FILES[0]
-        if not path.exists():  # by another number of threads
-            assert network.deployable is not None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written.write(copy.deepcopy(network.deployable), run.data.spec.shape, path, network.conversion)
+    written, path = formats.module(runtime), _file(run, network, runtime, form)
     row["size_bytes"] = sum(cost.size_bytes(path.parent / file) for file in written.FILES)
-    prepare = partial(prepare_file, runtime, path, threads, shape)
-    return Candidate(row, written.Session(path, threads), prepare, network.sample_by_sample)
+    assert written.Session is not None
+    load = partial(written.Session, path, threads)
+    return Candidate(row, load(), partial(on_zeros, load, shape, CPU), network.sample_by_sample(runtime))
+
+
+def _named(network: Network, form: Precision) -> str:
+    """The network in that precision; one through which nothing went is called after its precision."""
+    is_plain = network.name.startswith("fp32")
+    return network.name.replace("fp32", form, 1) if is_plain or form == "fp32" else f"{network.name} {form}"
+
+
+def _file(run: Run, network: Network, runtime: Runtime, form: Precision) -> Path:
+    """What the runtime opens: the file of a bundle, or one that is written when it is first asked for."""
+    if isinstance(network.source, Bundle):
+        return network.source.file(runtime)
+    if (runtime, form) not in network.files:
+        assert network.deployable is not None
+        written, folder = formats.module(runtime), NOT_IN_NAMES.sub("_", f"{network.name}_{form}_{runtime}")
+        path = run.folder / "export" / folder / written.FILES[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        module = formats.in_precision(copy.deepcopy(network.deployable), form)
+        written.write(module, run.data.spec.shape, path, network.conversion)
+        network.files[runtime, form] = path
+    return network.files[runtime, form]
 
 
 def _measure(
@@ -196,7 +229,7 @@ def _measure(
     for candidate in candidates:
         candidate.row.update(speedup={}, latency_ms={}, samples_per_second={})
         if score:
-            run.say(f"{candidate.label}: metrics of the test split")
+            run.say(f"{candidate.row['name']}: metrics of the test split")
             test = run.data.loader("test", batch_size=max(batches), is_whole=True)
             candidate.row["metrics"] = deployed.score(_predict(candidate, max(batches), device), run.learner, test)
     for batch_size in dict.fromkeys(batches):
@@ -205,25 +238,25 @@ def _measure(
             str(place): partial(each.forward, x.to(device) if each.row["runtime"] in IN_TORCH else x)
             for place, each in enumerate(candidates)
         }
-        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True):
-            compared = latency.compare(calls, rounds)
+        compared = latency.compare(calls, rounds)
         for candidate, timed in zip(candidates, compared.values(), strict=True):
             candidate.row["speedup"][str(batch_size)] = 1 / timed.ratio
             candidate.row["latency_ms"][str(batch_size)] = timed.to_dict()
             candidate.row["samples_per_second"][str(batch_size)] = batch_size * timed.calls_per_second
         fewest = min(timed.num_calls for timed in compared.values())
         if fewest < FEW_CALLS:
-            yield f"batch {batch_size}: {fewest} calls of the slowest candidate, so its p99 is its slowest call; more: task.rounds"
+            few = f"batch {batch_size}: {fewest} calls of the slowest candidate"
+            yield f"{few}, so its p99 is about its slowest call; more: task.rounds"
 
 
 def _predict(candidate: Candidate, batch_size: Count, device: torch.device) -> Forward:
     """Logits on the CPU, by calls of the size that is timed: a compiled network is one per size."""
+    if candidate.sample_by_sample:
+        return deployed.one_by_one(candidate.forward)
+    if candidate.row["runtime"] not in IN_TORCH:
+        return candidate.forward
 
     def predict(x_B: Tensor) -> Tensor:
-        if candidate.sample_by_sample:
-            return torch.cat([candidate.forward(sample) for sample in x_B.split(1)])
-        if candidate.row["runtime"] not in IN_TORCH:
-            return candidate.forward(x_B)
         padding = x_B[:1].expand(batch_size - len(x_B), *x_B.shape[1:])
         return candidate.forward(torch.cat([x_B, padding]).to(device))[: len(x_B)].cpu()
 
@@ -231,20 +264,15 @@ def _predict(candidate: Candidate, batch_size: Count, device: torch.device) -> F
 
 
 def _weigh(candidates: Sequence[Candidate], threads: Count) -> Iterator[str]:
+    """Fill in the peak memory. Returns what a reader has to know of it."""
     for candidate in candidates:
         try:
             candidate.row["peak_bytes"] = peak_bytes(candidate.prepare, threads)
         except RuntimeError as error:
-            yield f"peak memory of {candidate.label} was not measured: its process {error}"
+            yield f"peak memory of {candidate.row['name']} was not measured: {error}"
     yield "peak memory: what loading and running add to a process of its own, at the largest batch size"
     if any(candidate.row["runtime"] == "compiled" for candidate in candidates):
         yield "peak memory of compiled includes the compiler, which works at the first call"
-
-
-def in_precision(network: nn.Module, form: Precision) -> nn.Module:
-    """A copy that computes in this precision, from float32 samples to float32 logits."""
-    network = copy.deepcopy(network)
-    return network if form == "fp32" else formats.InPrecision(network.to(DTYPES[form]), DTYPES[form]).eval()
 
 
 def on_device(module: nn.Module, runtime: Runtime, device: torch.device) -> Forward:
@@ -263,26 +291,22 @@ def on_device(module: nn.Module, runtime: Runtime, device: torch.device) -> Forw
 
 
 def prepare_module(
-    run: Run, path: Path, runtime: Runtime, form: Precision, threads: Count, shape: tuple[int, ...], device: torch.device
+    run: Run,
+    path: Path,
+    runtime: Runtime,
+    form: Precision,
+    threads: Count,
+    shape: tuple[int, ...],
+    device: torch.device,
 ) -> Load:
     """For `memory.peak_bytes`: the network of a checkpoint is rebuilt before the count, and loaded as a copy in it."""
     torch.set_num_threads(threads)
     source = checkpoint.load("source", path)
     trained, ledger = without_teacher(run.network(source), source.ledger)
     network = finalize(trained, ledger)
-
-    def load() -> Call:
-        forward, x = on_device(in_precision(network, form), runtime, device), torch.zeros(shape, device=device)
-        return lambda: forward(x)
-
-    return load
-
-
-def prepare_file(runtime: Runtime, path: Path, threads: Count, shape: tuple[int, ...]) -> Load:
-    """For `memory.peak_bytes`: the runtime is imported before the count."""
-    torch.set_num_threads(threads)
-    written, x = formats.module(runtime), torch.zeros(shape)
-    return lambda: partial(written.Session(path, threads), x)
+    return on_zeros(
+        lambda: on_device(formats.in_precision(copy.deepcopy(network), form), runtime, device), shape, device
+    )
 
 
 def _hardware(run: Run) -> str:
@@ -294,14 +318,14 @@ def _hardware(run: Run) -> str:
     if device.type != "cpu":
         line += f"; {' and '.join(IN_TORCH)} on {', '.join(found['gpus']) or device.type}, files on the CPU"
     if load > cores:
-        line += "; BUSY: more processes than cores, so ratios hold and milliseconds do not"
+        line += "; BUSY: more processes than cores, which interrupt long calls more than short ones; measure again"
     return line
 
 
 def _fastest(first: dict[str, Any], fastest: dict[str, dict[str, Any]]) -> Iterator[str]:
     for batch, row in fastest.items():
-        rate = report.number(row["samples_per_second"][batch])
-        yield (
-            f"fastest at batch {batch}: {row['name']} ({row['runtime']}), {row['speedup'][batch]:.3g} times as fast as "
-            f"{first['name']} ({first['runtime']}), {rate} samples/s"
-        )
+        line = f"fastest at batch {batch}: {row['name']}, {report.number(row['samples_per_second'][batch])} samples/s"
+        if row is not first:
+            line += f", {row['speedup'][batch]:#.3g} times as fast as {first['name']}"
+            line += " would be on as many" if "threads" in row else ""
+        yield line

@@ -79,17 +79,17 @@ def write(
     path = draft / module.FILES[0]
     module.write(network, run.data.spec.shape, path, left)
     row: dict[str, Any] = {
-        "runtime": module.RUNTIME,
+        "runtime": module.RUNTIME or "none",
         "metrics": {},
         "size_bytes": sum(cost.size_bytes(draft / file) for file in module.FILES),
     }
     if module.Session is None:
         return row, [f"{name} holds weights alone: nothing runs it, so nothing was compared"]
     notes = []
-    if left is not None and module is not onnx:
+    if left is not None and left.kind not in module.CONVERSIONS:
         notes.append(f"{name} keeps in float what ONNX Runtime computes in {left.bits} bits ({left.kind})")
     session = module.Session(path, threads)
-    predict = deployed.one_by_one(session) if module is onnx and deployed.is_dynamic(left) else session
+    predict = deployed.one_by_one(session) if deployed.is_dynamic(left) and "dynamic" in module.CONVERSIONS else session
     found = parity.compare(network, predict, run.learner, run.data.splits.test)
     row["metrics"] = found.to_metrics()
     row["parity"] = found.to_dict()

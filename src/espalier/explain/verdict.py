@@ -1,0 +1,24 @@
+"""What a reader of the numbers has to know, in words: which maps should not be trusted here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FAILS_FROM = 0.5  # rank correlation with the map of a network that has learnt nothing
+MAX_INCOMPLETE = 0.01
+
+
+def untrustworthy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The methods that should not be trusted here, and what would help."""
+    notes = []
+    for row in rows:
+        metrics = row["metrics"]
+        if metrics.get("completeness_error", 0) > MAX_INCOMPLETE:
+            notes.append(
+                f"INCOMPLETE: {row['name']} misses its sum by {metrics['completeness_error']:.1%}; raise task.steps"
+            )
+        if abs(metrics["sanity"]) >= FAILS_FROM:
+            notes.append(
+                f"FAILS THE SANITY CHECK: maps of {row['name']} hardly change when the weights are randomised "
+                f"(rank correlation {metrics['sanity']:.2f}), so they show the input more than what was learnt"
+            )
+    return notes

@@ -1,0 +1,181 @@
+"""What a network can be written as: one file of this package and one word in `FORMATS` each, and what all share.
+
+A format is a module with the names of `Format`. `docs/formats.md` compares them and shows how each file is used without
+this package.
+"""
+
+import copy
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from espalier.compression.base import Conversion
+from espalier.compression.captured import CapturedNet
+from espalier.errors import ConfigError
+from espalier.ranges import Count
+
+FORMATS = ("onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino", "safetensors")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLACE_IN_CPP = re.compile(r"(Exception from|Check '.*' failed at) \S+:\d+:?$")
+MAX_REASON = 200  # characters of what a converter says; some print the whole graph
+
+
+class Format(Protocol):
+    """The names that the module of a format has."""
+
+    RUNTIME: str | None  # as rows of a report call it; None: weights alone, which nothing runs
+    FILES: tuple[str, ...]  # of a bundle; a session opens the first one
+    PRECISIONS: Collection[str]  # of `DTYPES`, those that run on a CPU
+    CONVERSIONS: Collection[str]  # kinds of `Conversion` that are carried out; others leave the network in float
+    Session: Callable[[Path, Count], Callable[[Tensor], Tensor]] | None  # samples (B, ...) to float32 logits (B, K)
+
+    def require(self, key: str) -> None:
+        """Raise `ConfigError`, which starts with `key`, unless all that writing and running need is installed."""
+
+    def write(
+        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+    ) -> None:
+        """Write a network in evaluation mode as it is; a crash leaves the old files or the new.
+
+        `path` is that of the first file, the others lie beside it. Raises `ConfigError` where the format cannot hold
+        the network.
+        """
+
+
+def module(name: str) -> Format:
+    """The module of one of `FORMATS`; a package that it needs is imported when it is used."""
+    return cast(Format, import_module(f"espalier.export.{name}"))
+
+
+def require_package(key: str, package: str, remedy: str) -> None:
+    """Raise `ConfigError` if a package is not installed; `remedy` is the command that installs it."""
+    if find_spec(package) is None:
+        raise ConfigError(f"{key}: needs {package}, which is not installed; {remedy}")
+
+
+class InPrecision(nn.Module):
+    """A network that computes in `dtype`, with float32 samples before it and float32 outputs behind it."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.to(self.dtype)).float()
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """The network itself for fp32; else a copy of it that computes in this precision.
+
+    Raises:
+        ConfigError: the network computes in integers.
+    """
+    if precision == "fp32":
+        return model
+    if isinstance(model, CapturedNet):
+        raise ConfigError(
+            f"task.precision={precision}: the network is quantized to 8 bits already; say task.precision=fp32"
+        )
+    return InPrecision(copy.deepcopy(model), DTYPES[precision]).train(model.training)
+
+
+def require_precision(name: str, model: nn.Module) -> None:
+    """Raise `ConfigError` if a format cannot run the network in the precision that its tensors have."""
+    held = {tensor.dtype for tensor in model.state_dict().values()}
+    for precision, dtype in DTYPES.items():
+        if dtype in held and precision not in module(name).PRECISIONS:
+            able = ", ".join(each for each in FORMATS if precision in module(each).PRECISIONS)
+            raise ConfigError(
+                f"task.precision={precision}: {name} does not run every layer in it on a CPU; these do: {able}"
+            )
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """A path of the same name in a folder of its own; what is written into that folder replaces what lies at `path`.
+
+    Only when the block ends well: before, and after an error, nothing has changed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        target = Path(folder) / path.name
+        yield target
+        written = sorted(Path(folder).iterdir(), key=lambda file: file == target)  # last what sessions open
+        for file in written:
+            with file.open("rb") as content:
+                os.fsync(content.fileno())
+            file.replace(path.with_name(file.name))
+
+
+@contextmanager
+def converting(name: str) -> Iterator[None]:
+    """Converters raise whatever they like; here it is one line that says which format cannot hold the network."""
+    try:
+        with quiet():
+            yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"task.format={name}: it cannot hold this network ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what the first of a chain of errors says; openvino begins with places in its C++."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not PLACE_IN_CPP.match(line)]
+    return lines[0][:MAX_REASON] if lines else type(error).__name__
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No output of libraries, that of their C++ among it; errors are raised all the same."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        for descriptor, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        os.close(nowhere)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing below an error from the exporters, which warn about packages and pre-processing nobody asked for."""
+    level, handlers = logging.root.manager.disable, list(logging.root.handlers)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        logging.root.handlers[:] = handlers  # `logging.warning` installs one
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """A copy to be written: on the CPU, in evaluation mode, without gradients."""
+    twin: Any = copy.deepcopy(model)
+    twin = twin.cpu().eval().requires_grad_(False)
+    if isinstance(twin, CapturedNet):
+        twin.switch()
+    return cast(nn.Module, twin)

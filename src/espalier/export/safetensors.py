@@ -1,0 +1,37 @@
+"""The weights of the deployable network and nothing else: names, shapes and numbers, in an open format.
+
+Who reads them needs the code of the network. Of a network with fixed 8-bit ranges they are the integers, scales and
+zero points under the names of its graph, which `torch_export` holds; other networks keep the names of their modules.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from espalier.compression.base import Conversion
+from espalier.export.formats import DTYPES, InPrecision, converting, draft
+
+RUNTIME = None
+FILES = ("model.safetensors",)
+PRECISIONS = tuple(DTYPES)
+CONVERSIONS = ()
+Session = None
+
+
+def require(key: str) -> None:
+    """Nothing beyond safetensors itself."""
+
+
+def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
+    """Write every parameter and buffer under its name; the metadata say the shape of a sample.
+
+    Tensors that share memory are written once per name.
+    """
+    if isinstance(model, InPrecision):
+        model = model.model
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt", "input_shape": json.dumps(list(input_shape))}
+    with converting("safetensors"), draft(path) as target:
+        save_file(tensors, target, metadata)

@@ -1,0 +1,89 @@
+"""A network as the program that torch.export captures: a `.pt2` file that needs torch and nothing else.
+
+Weights lie in it as bytes and the program as JSON; its example input is the one thing that torch unpickles, and that
+loads with `weights_only=True`.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+
+from espalier.compression.base import Conversion
+from espalier.export.formats import DTYPES, converting, draft, on_cpu
+from espalier.ranges import Count
+
+RUNTIME = "torch"
+FILES = ("model.pt2",)
+PRECISIONS = tuple(DTYPES)
+CONVERSIONS = ()
+
+
+def require(key: str) -> None:
+    """Nothing beyond torch."""
+
+
+def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
+    """Write the program for batches of any size; quantized values stay integers in the file, sums are in float."""
+    with converting("torch_export"), draft(path) as target:
+        torch.export.save(program(model, input_shape), target)
+
+
+class Session:
+    """The program in torch, on the CPU. Threads are those of the whole process, so they are set for each call."""
+
+    def __init__(self, path: Path, threads: Count) -> None:
+        import torch.ao.quantization.fx._decomposed  # the operators of quantized networks
+
+        self._program = torch.export.load(path).module()
+        self._threads = threads
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch_threads(self._threads):
+            return self._program(x.cpu())
+
+
+def program(
+    model: nn.Module, input_shape: tuple[int, ...], num_example: Count = 2, max_batch: Count | None = None
+) -> ExportedProgram:
+    """The network as torch operators on batches of 1 to `max_batch`, without names of files, modules and lines.
+
+    `num_example` is the size of the batch that torch follows through the network. It matters: torch remembers which
+    kernel such a batch takes, and what executorch makes of a batch below 16 refuses 16 and more.
+    """
+    shapes = None if max_batch == 1 else ({0: Dim("batch", min=1, max=max_batch)},)
+    example = torch.zeros(min(num_example, max_batch or num_example), *input_shape)
+    with torch.no_grad():
+        exported = torch.export.export(on_cpu(model), (example,), dynamic_shapes=shapes)
+    for part in exported.graph_module.modules():
+        if isinstance(part, GraphModule):
+            for node in part.graph.nodes:
+                node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    return exported
+
+
+def reloaded(exported: ExportedProgram) -> ExportedProgram:
+    """The same program as a file gives it back: for batches from 1, not from 2 as capturing had left it."""
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+@contextmanager
+def torch_threads(num: Count) -> Iterator[None]:
+    """Let torch use this many threads; afterwards as many as before."""
+    before = torch.get_num_threads()
+    if num != before:
+        torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        if num != before:
+            torch.set_num_threads(before)

@@ -1,0 +1,73 @@
+"""`espalier report source=RUN[,RUN...]`: finished runs side by side, and which of them are worth their cost."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from espalier import runs
+from espalier.errors import ConfigError
+from espalier.measure import comparison, frontier, page
+from espalier.measure import report as tables
+from espalier.ranges import Count
+from espalier.run import Run
+from espalier.spec import Report
+
+PAGE_NAME = "report.html"
+
+
+def report(run: Run, metric: str | None, batch: Count | None) -> Report:
+    """Differences of configuration, metrics, cost and latency; the Pareto front; as tables and as one HTML page.
+
+    Trains and measures nothing: every number comes from the `report.json` of a run.
+
+    Raises:
+        ConfigError: no source, one that is no finished run, or a metric or batch size that no run has.
+    """
+    if not run.cfg.source:
+        raise ConfigError("source=null: report needs finished RUNs, such as source=RUN,RUN; try source=latest")
+    folders = [_folder(runs.find("source", each)) for each in runs.split(run.cfg.source)]
+    entries = comparison.read("source", folders)
+    rows = comparison.rows(entries)
+    metric = _choice("metric", metric, [name for row in rows for name in row.get("metrics", {})])
+    size = _choice(
+        "batch", None if batch is None else str(batch), [name for row in rows for name in row.get("latency_ms", {})]
+    )
+    metric, size = metric or comparison.metric_of(rows), size or comparison.batch_of(rows)
+    points = comparison.points(rows, metric, size) if metric else []
+    means, ranges = comparison.means(entries)
+    notes = [*ranges, *comparison.cautions(entries)]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if metric and len(points) > 1:
+        notes = [*comparison.verdicts(points, metric, size), *notes]
+        frontier.pareto(points, metric, size, run.folder / "figures" / "pareto.png")
+    differing = comparison.differences(entries)
+    if differing:
+        Console().print(tables.grid_of(differing))
+    done = run.publish(rows + means, notes)
+    metrics, costs = tables.columns_of(done)
+    measured = metrics | costs
+    title = ", ".join(entry.name for entry in entries)
+    (run.folder / tables.MARKDOWN_NAME).write_text(
+        page.markdown(title, entries, measured, differing, done), encoding="utf-8"
+    )
+    text = page.html(title, entries, measured, differing, done, run.folder / "figures")
+    (run.folder / PAGE_NAME).write_text(text, encoding="utf-8")
+    run.say(f"page: {run.folder / PAGE_NAME}")
+    return done
+
+
+def _folder(path: Path) -> Path:
+    """Of a run, where one of its files was named."""
+    return path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def _choice(key: str, value: str | None, measured: list[str]) -> str | None:
+    """The value, if any run has it.
+
+    Raises:
+        ConfigError: none has.
+    """
+    if value is not None and value not in measured:
+        known = ", ".join(dict.fromkeys(measured)) or "none"
+        raise ConfigError(f"task.{key}={value}: none of these runs measured it; they have {known}")
+    return value

@@ -1,0 +1,258 @@
+"""`espalier serve`: an exported run over HTTP, in a process of its own, asked as a client would ask."""
+
+import base64
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from conftest import Command, command
+from espalier import checkpoint, config
+from espalier.prepare import prepare
+from espalier.run import EVALUATED
+from espalier.spec import DataSpec
+from served import Server, linear_bundle, serving
+
+QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
+SPEC = DataSpec("pictures", (1, 2, 2), scale=16.0, mean=(0.0,), std=(1.0,), class_names=("dark", "bright"))
+WEIGHT = np.array([[0.0, 1.0]] * 4) - np.array([[0.5, 0.0]])  # the more light, the brighter
+FUZZ = Path(__file__).parents[1] / "scripts" / "fuzz_serving.py"
+DARK, BRIGHT = [[[0, 0], [0, 0]]], [[[16, 16], [16, 16]]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where `latest` is an exported multilayer perceptron."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert command(["train", "model=mlp", "trainer.max_epochs=4", *QUICK], folder).code == 0
+        assert command(["export", "source=latest", *QUICK[:1]], folder).code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(runs: Path) -> Iterator[Server]:
+    with serving(["-m", "espalier.cli", "serve", "source=latest", "task.port=0"], runs) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return linear_bundle(tmp_path_factory.mktemp("linear"), SPEC, WEIGHT)
+
+
+@pytest.fixture(scope="module")
+def linear(bundle: Path) -> Iterator[Server]:
+    """A server with a short time limit and a small body."""
+    words = ["-m", "espalier.serving", str(bundle), "--port", "0", "--time-limit-s", "2", "--max-body-mb", "0.1"]
+    with serving([*words, "--queue", "64"], bundle) as running:
+        yield running
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_it_answers_what_the_trained_network_says_in_torch(server: Server, runs: Path) -> None:
+    [trained] = runs.glob("logs/train/*")
+    stored = checkpoint.load_run("source", str(trained), EVALUATED)
+    run = prepare(config.compose(["task=evaluate", f"source={trained}"]), [], runs / "none", "evaluate")
+    raw = load_digits().data[:50].reshape(-1, 1, 8, 8)
+    x = (torch.tensor(raw, dtype=torch.float32) / 16 - stored.spec.mean[0]) / stored.spec.std[0]
+    with torch.no_grad():
+        expected = run.network(stored).eval()(x).softmax(1)
+    predictions = server.predict(raw)
+    given = torch.tensor([list(each["probabilities"].values()) for each in predictions])
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
+    assert [each["label"] for each in predictions] == [str(int(best)) for best in expected.argmax(1)]
+    assert all(each["probability"] == max(each["probabilities"].values()) for each in predictions)
+
+
+def test_the_process_that_serves_has_no_torch_and_leaves_no_run_folder(server: Server, runs: Path) -> None:
+    maps = Path(f"/proc/{server.process.pid}/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    assert "onnxruntime" in maps.read_text()
+    assert "libtorch" not in maps.read_text()
+    assert not list(runs.glob("logs/serve/*"))
+
+
+def test_a_picture_is_read_alike_as_array_base64_upload_and_form(linear: Server) -> None:
+    pixels = np.array([[0, 255], [255, 255]])
+    expected = linear.predict([[[[0, 16], [16, 16]]]])
+    data = png(pixels)
+    in_json = json.dumps({"inputs": [{"image": base64.b64encode(data).decode()}]})
+    form = b'--x\r\ncontent-disposition: form-data; name="f"; filename="../../x"\r\n\r\n' + data + b"\r\n--x--\r\n"
+    assert linear.ask("POST", "/predict", in_json) == (200, {"predictions": expected})
+    assert linear.ask("POST", "/predict", data, "image/png") == (200, {"predictions": expected})
+    assert linear.ask("POST", "/predict", form, "multipart/form-data; boundary=x") == (200, {"predictions": expected})
+
+
+def test_explain_shows_the_sample_and_where_its_label_comes_from(server: Server) -> None:
+    raw = load_digits().data[0].reshape(1, 8, 8)
+    status, content = server.ask("POST", "/explain", json.dumps({"inputs": [raw.tolist()]}))
+    assert status == 200
+    assert [content["prediction"]] == server.predict([raw])
+    seen = np.asarray(Image.open(BytesIO(base64.b64decode(content["image"]))))
+    np.testing.assert_array_equal(seen, (raw[0] * 255 / 16).astype(np.uint8))
+    assert np.array(content["heat_map"]).shape == (8, 8)
+    assert np.ptp(content["heat_map"]) > 0
+
+
+def test_explain_takes_one_sample(linear: Server) -> None:
+    status, content = linear.ask("POST", "/explain", json.dumps({"inputs": [DARK, BRIGHT]}))
+    assert (status, content) == (422, {"error": "2 samples in the request; /explain takes one"})
+
+
+def test_info_describes_the_bundle_and_names_no_folder(server: Server, linear: Server, bundle: Path) -> None:
+    status, content = server.ask("GET", "/info")
+    assert status == 200
+    assert content["data"]["class_names"] == list("0123456789")
+    assert content["formats"]["onnx"]["parity"]["same_label"] == 1
+    assert len(content["files"]["model.onnx"]["sha256"]) == 64
+    assert str(bundle.parent) not in json.dumps(linear.ask("GET", "/info")[1])
+
+
+def test_metrics_count_requests_by_status_and_the_samples_of_batches(bundle: Path) -> None:
+    with serving(["-m", "espalier.serving", str(bundle), "--port", "0"], bundle) as fresh:
+        fresh.predict([DARK, BRIGHT, DARK])
+        fresh.ask("POST", "/predict", "{")
+        fresh.ask("GET", "/made/up")
+        lines = fresh.ask("GET", "/metrics")[1].splitlines()
+    assert 'espalier_requests_total{route="/predict",status="200"} 1.0' in lines
+    assert 'espalier_requests_total{route="/predict",status="400"} 1.0' in lines
+    assert 'espalier_requests_total{route="other",status="404"} 1.0' in lines
+    assert "espalier_batch_size_sum 3.0" in lines
+    assert "espalier_predict_seconds_count 1.0" in lines
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "header"),
+    [
+        ("GET", "/health", 200, ("content-type", "application/json")),
+        ("HEAD", "/health", 200, ("content-length", "15")),
+        ("GET", "/", 200, ("content-type", "text/html; charset=utf-8")),
+        ("GET", "/script.js", 200, ("content-type", "text/javascript; charset=utf-8")),
+        ("GET", "/predict", 405, ("allow", "POST")),
+        ("POST", "/health", 405, ("allow", "GET")),
+        ("GET", "/../bundle.json", 404, ("content-type", "application/json")),
+    ],
+)
+def test_routes(linear: Server, method: str, path: str, status: int, header: tuple[str, str]) -> None:
+    given, headers, _ = linear.ask_all(method, path, None, "")
+    assert (given, headers[header[0]]) == (status, header[1])
+
+
+def test_the_page_may_load_nothing_from_elsewhere(linear: Server) -> None:
+    _, headers, page = linear.ask_all("GET", "/", None, "")
+    assert headers["content-security-policy"].startswith("default-src 'self';")
+    assert "//" not in page.replace("<!doctype html>", "")
+
+
+def test_a_body_beyond_the_limit_is_refused_whether_announced_or_not(linear: Server) -> None:
+    status, content = linear.ask("POST", "/predict", b" " * 100_001)
+    assert (status, content["error"][:30]) == (413, "the body has 100001 bytes, a r")
+    with socket.create_connection(("127.0.0.1", linear.port), timeout=30) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+        client.sendall(b"transfer-encoding: chunked\r\n\r\n" + 2 * (b"10000\r\n" + b" " * 65536 + b"\r\n"))
+        assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+def test_more_samples_than_may_wait_are_refused_at_once(linear: Server) -> None:
+    assert len(linear.predict([DARK] * 64)) == 64
+    status, content = linear.ask("POST", "/predict", json.dumps({"inputs": [DARK] * 65}))
+    assert (status, content["error"]) == (413, "65 samples in one request, at most 64 are allowed; split them")
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /pre", b"POST /predict HTTP/1.1\r\ncontent-type: application/json\r\n"])
+@pytest.mark.parametrize("rest", [b"", b'content-length: 99\r\n\r\n{"inputs"'])
+def test_a_client_that_is_too_slow_is_told_so(linear: Server, start: bytes, rest: bytes) -> None:
+    if rest and not start.endswith(b"\n"):
+        pytest.skip("a body needs a head")
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", linear.port), timeout=30) as client:
+        client.sendall(start + rest)
+        answer = client.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'{"error":"no whole request within 2 s"}' in answer
+    assert 1.5 < time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_after_what_it_accepted_is_answered(bundle: Path, number: int) -> None:
+    body = json.dumps({"inputs": [BRIGHT]}).encode()
+    head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    with serving(["-m", "espalier.serving", str(bundle), "--port", "0"], bundle) as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+            client.sendall(head % len(body) + body[:5])
+            while running.ask("GET", "/health")[0] != 200:
+                pass
+            running.process.send_signal(number)
+            while not is_closed(running.port):
+                time.sleep(0.05)
+            client.sendall(body[5:])
+            assert b'"label":"bright"' in client.recv(10_000)
+        assert running.process.wait(30) == 0
+
+
+def is_closed(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_several_workers_share_the_port_and_add_up_their_numbers(bundle: Path) -> None:
+    with serving(["-m", "espalier.serving", str(bundle), "--port", "0", "--workers", "2"], bundle) as running:
+        for _ in range(20):
+            assert running.predict([BRIGHT])[0]["label"] == "bright"
+        text = running.ask("GET", "/metrics")[1]
+        assert 'espalier_requests_total{route="/predict",status="200"} 20.0' in text.splitlines()
+        assert running.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["task.port=70000"], "task.port=70000: should be less than or equal to 65535"),
+        (["task.workers=0"], "task.workers=0: "),
+        (["task.queue=8"], "task.queue=8: must hold at least one batch; task.max_batch=32"),
+        (["task.host=192.0.2.1"], "task.host=192.0.2.1 task.port=8000: cannot listen there"),
+        (["source=null"], "source=null: serve needs an exported RUN"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_line(espalier: Command, runs: Path, words: list[str], told: str) -> None:
+    [exported] = runs.glob("logs/export/*")
+    outcome = espalier("serve", f"source={exported}", *words)
+    assert outcome.code == 2
+    assert told in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_port_that_is_taken_is_named(espalier: Command, runs: Path) -> None:
+    [exported] = runs.glob("logs/export/*")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = espalier("serve", f"source={exported}", f"task.port={port}")
+    assert outcome.code == 2
+    assert f"task.port={port}: cannot listen there: Address already in use" in outcome.err
+
+
+def test_it_stands_damaged_requests_while_it_answers_good_ones(bundle: Path) -> None:
+    words = [sys.executable, str(FUZZ), str(bundle), "--requests", "300", "--warm-up", "300"]
+    ended = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, ended.stdout
+    assert "not as they should be: 0 answers" in ended.stdout
