@@ -121,6 +121,17 @@ def test_a_mismatch_ends_without_a_bundle_unless_it_is_allowed(espalier: Command
     assert espalier(*words, "task.allow_mismatch=true").code == 0
     assert bundle.read("source", Path("shipped/export")).formats == ["onnx"]
     assert [note for note in report(Path("shipped"))["notes"] if note.startswith("MISMATCH: onnx differs")]
+    again = espalier(*words)
+    assert (again.code, again.err.count("holds an export already")) == (2, 1)
+
+
+def test_sixteen_bits_are_compared_with_the_network_in_float(espalier: Command, trained: Path):
+    words = ("task.format=[torch_export]", "task.precision=bf16", "task.agreement=0.9", "hydra.run.dir=shipped")
+    done = espalier("export", f"source={trained}", *words, *QUICK)
+    assert done.code == 0, done.err
+    parity = bundle.read("source", Path("shipped/export")).content["formats"]["torch_export"]["parity"]
+    assert 1e-3 < parity["max_difference"] < 1
+    assert parity["eager"] == report(trained)["rows"][0]["metrics"]["test/accuracy"]
 
 
 @pytest.mark.parametrize(

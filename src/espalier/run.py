@@ -30,7 +30,6 @@ from espalier.compression.base import (
     Compression,
     Entry,
     Stage,
-    finalize,
     replay,
     stage_of,
     without_teacher,
@@ -40,6 +39,7 @@ from espalier.data.module import DataModule
 from espalier.errors import ConfigError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
+from espalier.export.deployed import Deployable
 from espalier.learners.learner import Learner
 from espalier.measure import cost, figures, provenance, report
 from espalier.spec import DataSpec, Report
@@ -159,13 +159,17 @@ class Run:
         stored = checkpoint.load_run(key, self.cfg.source if reference == "source" else reference, EVALUATED)
         check(OmegaConf.create({"model": stored.config["model"]}), untrusted=True)
         require_same_data(key, self.data, stored)
-        return finalize(self.network(stored), stored.ledger).requires_grad_(False)
+        return self.deployable(stored).module.requires_grad_(False)
 
     def network(self, stored: Checkpoint) -> nn.Module:
         """The network of a checkpoint as it was trained: masks, adapters and quantizers in place."""
         model = replay(_new_model(OmegaConf.create(stored.config["model"]), stored.spec), stored.ledger)
         checkpoint.load_weights(model, stored)
         return model
+
+    def deployable(self, stored: Checkpoint) -> Deployable:
+        """The network of a checkpoint as it is shipped, beside what it was trained as."""
+        return deployed.deployable(self.network(stored), stored.ledger)
 
     def float_network(self, stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
         """The same weights without the quantizers, and the ledger of that."""

@@ -30,12 +30,10 @@ def measure(name: str, model: nn.Module, shown: Shown, setting: Setting) -> tupl
     maps_S, seconds = attribute(name, model, shown, range(len(shown)), setting)
     metrics: dict[str, float] = {}
     references = {target: base.reference(name, model, target, setting) for target in set(shown.target.tolist())}
-    if None not in references.values():
-        errors = [
-            quality.completeness_error(map_, float(output_K[target]), references[target] or 0.0)
-            for map_, output_K, target in zip(maps_S, shown.output, shown.target.tolist(), strict=True)
-        ]
-        metrics["completeness_error"] = fmean(errors)
+    reference_S = torch.tensor([value for value in map(references.get, shown.target.tolist()) if value is not None])
+    if len(reference_S):
+        output_S = shown.output.gather(1, shown.target[:, None])[:, 0]
+        metrics["completeness_error"] = quality.completeness_error(maps_S.flatten(1).sum(dim=1), output_S, reference_S)
     compared = range(0, len(shown), -(-len(shown) // NUM_SANITY))
     blank = quality.randomised(model, setting.seed)
     blank_maps, _ = attribute(name, blank, shown, compared, setting)

@@ -1,6 +1,6 @@
 """How far a map can be trusted: does it add up, does it need the trained weights, does it find what matters.
 
-Letters: N samples, P positions.
+Letters: S samples, N steps, P positions.
 """
 
 import copy
@@ -15,11 +15,13 @@ NUM_STEPS = 32  # of a deletion curve, at most
 TIES_STREAM = 1  # keeps users of one seed apart
 
 
-def completeness_error(attribution: Tensor, output: float, reference: float) -> float:
-    """|sum of the map - (output - reference)| / |output - reference|; infinite where both outputs are equal."""
-    gap = output - reference
-    missed = abs(float(attribution.double().sum()) - gap)
-    return missed / abs(gap) if gap else float("inf")
+def completeness_error(total_S: Tensor, output_S: Tensor, reference_S: Tensor) -> float:
+    """Sum of |total of the map - (output - reference)| over the sum of |output - reference|; 0 is complete.
+
+    One ratio for all samples, because the output of one may be that of the reference.
+    """
+    gap_S = output_S.double() - reference_S.double()
+    return float((total_S.double() - gap_S).abs().sum() / gap_S.abs().sum())
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:

@@ -12,13 +12,23 @@ from torch import Tensor, nn
 
 from espalier.compression.base import Conversion, Entry, conversion, finalize, without_teacher
 from espalier.data.loaders import Batch
-from espalier.export import onnx
+from espalier.export import formats, onnx
 from espalier.learners.learner import Learner
 from espalier.measure import cost, latency
 
 RUNTIME = "onnxruntime"
 ROUNDS = 15  # of interleaved latency measurement
 Predict = Callable[[Tensor], Tensor]  # x (B, ...) to the network's output
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """A trained network, and what it is shipped as."""
+
+    trained: nn.Module  # masks and quantizers in place: what parameters, zeros and MACs are counted in
+    ledger: list[Entry]  # without a teacher
+    module: nn.Module  # masks folded, quantizers converted: what is exported
+    conversion: Conversion | None  # what is left for the exporter
 
 
 @dataclass(frozen=True)
@@ -42,16 +52,19 @@ def name_of(ledger: Iterable[Entry]) -> str:
     return "+".join(str(entry["method"]) for entry in ledger) or "fp32"
 
 
+def deployable(trained: nn.Module, ledger: Sequence[Entry]) -> Deployable:
+    """The deployable form of a network, in evaluation mode; `trained` loses its teacher and stays as it is."""
+    trained, kept = without_teacher(trained, ledger)
+    return Deployable(trained.eval(), kept, finalize(copy.deepcopy(trained), kept).eval(), conversion(kept))
+
+
 def export(
     name: str, trained: nn.Module, ledger: Sequence[Entry], input_shape: tuple[int, ...], path: Path
 ) -> Artifact:
     """Write the deployable form of a trained network to `path`."""
-    trained, ledger = without_teacher(trained, ledger)
-    converted = finalize(copy.deepcopy(trained), ledger)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    left = conversion(ledger)
-    onnx.write(converted, input_shape, path, left)
-    return Artifact(name, trained.eval(), converted, left, path)
+    network = deployable(trained, ledger)
+    onnx.write(network.module, input_shape, path, network.conversion)
+    return Artifact(name, network.trained, network.module, network.conversion, path)
 
 
 def measure(
@@ -83,6 +96,14 @@ def measure(
 def predictor(artifact: Artifact, session: onnx.Session) -> Predict:
     """The session, sample by sample where it has to be."""
     return one_by_one(session) if is_dynamic(artifact.conversion) else session
+
+
+def session(name: str, path: Path, threads: int, is_dynamic: bool) -> Predict:
+    """A file of one of `formats.FORMATS` in its runtime, called sample by sample where it has to be."""
+    module = formats.module(name)
+    assert module.Session is not None
+    opened = module.Session(path, threads)
+    return one_by_one(opened) if is_dynamic and "dynamic" in module.CONVERSIONS else opened
 
 
 def is_dynamic(conversion: Conversion | None) -> bool:

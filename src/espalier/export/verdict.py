@@ -4,7 +4,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from espalier.export import onnx
+from espalier.compression.base import Conversion
+from espalier.export import formats, onnx
 from espalier.export.deployed import Artifact
 from espalier.measure.report import bytes_
 
@@ -21,6 +22,12 @@ def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_
     lost = then - now if mode == "max" else now - then
     line = f"{metric} {then:.4f} -> {now:.4f}, " + (f"{lost:.4f} lost" if lost > 0 else "nothing lost")
     return f"TOO MUCH LOST: {line}, more than task.max_drop={max_drop:g}" if lost > max_drop else line
+
+
+def kept_in_float(name: str, conversion: Conversion | None) -> Iterator[str]:
+    """A remark where a format does not carry out the quantization that the network was meant for."""
+    if conversion is not None and conversion.kind not in formats.module(name).CONVERSIONS:
+        yield f"{name} keeps in float what ONNX Runtime computes in {conversion.bits} bits ({conversion.kind})"
 
 
 def agreement(metric: str, values: Mapping[str, float]) -> str:

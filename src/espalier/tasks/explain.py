@@ -38,7 +38,7 @@ def explain(
     classes: Sequence[str] | None,
     samples: Count,
     order: Order,
-    output: Literal["predicted", "true"],
+    output: Literal["predicted", "label"],
     baseline: Literal["mean", "zero"],
     patch: Count | None,
     layer: str | None,
@@ -99,7 +99,7 @@ def select(
     numbers: Sequence[int],
     samples: int,
     order: Order,
-    output: Literal["predicted", "true"],
+    output: Literal["predicted", "label"],
 ) -> tuple[Shown, list[str]]:
     """The samples to explain, class by class, and remarks on the classes that are not shown.
 
@@ -124,7 +124,7 @@ def select(
         raise ConfigError(f"task.classes=[{','.join(empty)}]: the {split} split holds no sample; name other classes")
     chosen = [choose(member_N, is_wrong_N, confidence_N, samples, order) for member_N in members.values()]
     index_S = torch.tensor([place for places in chosen for place in places])
-    target_S = (y_N if output == "true" and spec.num_classes else predicted_N)[index_S]
+    target_S = (y_N if output == "label" and spec.num_classes else predicted_N)[index_S]
     raw = gather(run.data, split, index_S)
     x = Normalise(spec, torch.device("cpu"))(raw.x).to(device)
     notes = [f"no sample in the {split} split: {', '.join(empty)}"] if empty else []
@@ -209,7 +209,9 @@ def save(shown: Shown, maps: Mapping[str, Tensor], path: Path) -> None:
 
 def what_was_explained(run: Run, shown: Shown, split: str, output: str, baseline: str) -> str:
     """The first line below the table."""
-    what = f"the {output} class" if shown.has_classes else "the output"
+    what = (
+        {"predicted": "the predicted class", "label": "the true class"}[output] if shown.has_classes else "the output"
+    )
     return f"{len(shown)} samples of the {split} split; explained: {what}; baseline: {baseline}; maps: {FILE}"
 
 

@@ -1,6 +1,5 @@
 """`espalier export source=RUN task.format=[onnx,...]`: a network as files for a runtime, checked, in a bundle."""
 
-import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from espalier.compression.base import Conversion, Entry, Stage, conversion, finalize, stage_of, without_teacher
+from espalier.compression.base import Stage, stage_of
 from espalier.errors import ConfigError
-from espalier.export import bundle, deployed, formats, onnx, parity, preprocess
+from espalier.export import bundle, deployed, formats, onnx, parity, preprocess, verdict
+from espalier.export.deployed import Deployable
 from espalier.measure import cost, provenance, report
 from espalier.ranges import Count, Positive, Rate
 from espalier.run import Run
@@ -43,41 +43,42 @@ def export(
         raise ConfigError(f"task.format=[{','.join(format)}]: a format is listed twice; once is enough")
     for name in format:
         formats.module(name).require("task.format")
+    target = run.folder / "export"
+    if target.exists():
+        raise ConfigError(f"hydra.run.dir={run.folder}: holds an export already; choose another folder")
     run.record()
-    trained, ledger = without_teacher(run.network(run.source), run.source.ledger)
-    network = formats.in_precision(finalize(copy.deepcopy(trained), ledger).eval(), precision)
-    left = conversion(ledger)
-    is_exact = precision == "fp32" and all(stage_of(entry["method"]) < Stage.QUANTIZE for entry in ledger)
-    gate = parity.Gate(is_exact, tolerance, agreement)
-
-    counted = cost.counts(trained.eval(), run.data.spec.shape)
+    network = run.deployable(run.source)
+    is_quantized = any(stage_of(entry["method"]) == Stage.QUANTIZE for entry in network.ledger)
+    gate = parity.Gate(precision == "fp32" and not is_quantized, tolerance, agreement)
+    shipped = formats.in_precision(network.module, precision)
+    counted = cost.counts(network.trained, run.data.spec.shape)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     draft = run.folder / ".export.partial"
     draft.mkdir(parents=True, exist_ok=True)
     try:
         for name in format:
-            row, remarks = write(run, name, network, left, draft, gate, threads)
+            row, remarks = write(run, name, network, shipped, draft, gate, threads)
             rows.append({"name": name, **row, **counted})
             notes += remarks
         mismatches = [note for note in notes if note.startswith(parity.MISMATCH)]
         if mismatches and not allow_mismatch:
             raise ConfigError(*mismatches, "no bundle was written; task.allow_mismatch=true writes it all the same")
-        bundle.write(draft, run.folder / "export", describe(run, ledger, left, precision, rows))
+        bundle.write(draft, target, describe(run, network, precision, rows))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    run.say(f"bundle: {run.folder / 'export'}")
+    run.say(f"bundle: {target}")
     return run.publish(rows, notes)
 
 
 def write(
-    run: Run, name: Format, network: nn.Module, left: Conversion | None, draft: Path, gate: parity.Gate, threads: int
+    run: Run, name: Format, network: Deployable, shipped: nn.Module, draft: Path, gate: parity.Gate, threads: int
 ) -> tuple[dict[str, Any], list[str]]:
     """One format: its files in `draft`, its row of the report, and what has to be said about it."""
     module = formats.module(name)
     run.say(f"writing {' and '.join(module.FILES)}")
     path = draft / module.FILES[0]
-    module.write(network, run.data.spec.shape, path, left)
+    module.write(shipped, run.data.spec.shape, path, network.conversion)
     row: dict[str, Any] = {
         "runtime": module.RUNTIME or "none",
         "metrics": {},
@@ -85,33 +86,28 @@ def write(
     }
     if module.Session is None:
         return row, [f"{name} holds weights alone: nothing runs it, so nothing was compared"]
-    notes = []
-    if left is not None and left.kind not in module.CONVERSIONS:
-        notes.append(f"{name} keeps in float what ONNX Runtime computes in {left.bits} bits ({left.kind})")
-    session = module.Session(path, threads)
-    predict = deployed.one_by_one(session) if deployed.is_dynamic(left) and "dynamic" in module.CONVERSIONS else session
-    found = parity.compare(network, predict, run.learner, run.data.splits.test)
+    notes = list(verdict.kept_in_float(name, network.conversion))
+    predict = deployed.session(name, path, threads, deployed.is_dynamic(network.conversion))
+    found = parity.compare(network.module, predict, run.learner, run.data.splits.test)
     row["metrics"] = found.to_metrics()
     row["parity"] = found.to_dict()
     problem = gate.problem(found)
     return row, [*notes, *([f"{parity.MISMATCH}: {name} {problem}"] if problem else [])]
 
 
-def describe(
-    run: Run, ledger: Sequence[Entry], left: Conversion | None, precision: str, rows: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `bundle.json` says beside the files: all that a server needs, and where the network comes from."""
     assert run.source is not None
     collected = provenance.collect()
     content = {
-        "name": deployed.name_of(ledger),
+        "name": deployed.name_of(network.ledger),
         "run": run.source.path.parent.parent.name,
         "data": run.data.spec.to_dict(),
         "preprocessing": {"formula": preprocess.FORMULA, "picture": preprocess.PICTURE},
         "input": onnx.INPUT,
         "output": onnx.OUTPUT,
         "precision": precision,
-        "sample_by_sample": deployed.is_dynamic(left),
+        "sample_by_sample": deployed.is_dynamic(network.conversion),
         "formats": {
             row["name"]: {
                 "runtime": row["runtime"],
@@ -120,7 +116,7 @@ def describe(
             }
             for row in rows
         },
-        "compression": list(ledger),
+        "compression": network.ledger,
         "config": {group: run.source.config[group] for group in ("data", "model", "learner")},
         "report": list(rows),
         "versions": {"python": collected["python"], **collected["packages"]},
