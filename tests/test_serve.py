@@ -179,14 +179,20 @@ def test_more_samples_than_may_wait_are_refused_at_once(linear: Server) -> None:
     assert (status, content["error"]) == (413, "65 samples in one request, at most 64 are allowed; split them")
 
 
-@pytest.mark.parametrize("start", [b"", b"POST /pre", b"POST /predict HTTP/1.1\r\ncontent-type: application/json\r\n"])
-@pytest.mark.parametrize("rest", [b"", b'content-length: 99\r\n\r\n{"inputs"'])
-def test_a_client_that_is_too_slow_is_told_so(linear: Server, start: bytes, rest: bytes) -> None:
-    if rest and not start.endswith(b"\n"):
-        pytest.skip("a body needs a head")
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"POST /pre",
+        b"POST /predict HTTP/1.1\r\ncontent-type: application/json\r\n",
+        b'POST /predict HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"inputs"',
+    ],
+    ids=["nothing", "a line", "a head", "a body"],
+)
+def test_a_client_that_is_too_slow_is_told_so(linear: Server, start: bytes) -> None:
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", linear.port), timeout=30) as client:
-        client.sendall(start + rest)
+        client.sendall(start)
         answer = client.recv(1000)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'{"error":"no whole request within 2 s"}' in answer

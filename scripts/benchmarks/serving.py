@@ -11,6 +11,8 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -182,7 +184,7 @@ def start(engine: str, bundle: Path, port: int) -> subprocess.Popen:
     words = [sys.executable, __file__, str(bundle), "--serve", engine, "--port", str(port)]
     if engine == "espalier":
         words = [sys.executable, "-m", "espalier.serving", str(bundle), "--port", str(port)]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def wait_for(port: int) -> None:
@@ -212,8 +214,12 @@ def compare(options: argparse.Namespace) -> None:
             rounds.append(measured)
     finally:
         for server in servers:
-            server.terminate()
-            server.wait()
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:  # LitServe's worker outlives its server
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
     print(f"{'':10}  requests/s   p50 ms   p99 ms")
     for name in rounds[0]:
         per_s, p50, p99 = (

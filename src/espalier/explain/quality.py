@@ -18,7 +18,7 @@ TIES_STREAM = 1  # keeps users of one seed apart
 def completeness_error(total_S: Tensor, output_S: Tensor, reference_S: Tensor) -> float:
     """Sum of |total of the map - (output - reference)| over the sum of |output - reference|; 0 is complete.
 
-    One ratio for all samples, because the output of one may be that of the reference.
+    One ratio for all samples, because the output of one may be that of the reference; NaN if that is so for all.
     """
     gap_S = output_S.double() - reference_S.double()
     return float((total_S.double() - gap_S).abs().sum() / gap_S.abs().sum())

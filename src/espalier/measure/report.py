@@ -55,11 +55,12 @@ def table(report: Report, width: int = TABLE_WIDTH) -> RenderableType:
     grids: list[Columns] = [{}]
     for header, cells in [*metrics.items(), *costs.items()]:
         starts_costs = header in costs and not grids[-1].keys() & costs.keys() and is_split
-        if starts_costs or _width({**names, **grids[-1], header: cells}) > width:
+        of_others = bool(grids[-1]) and not any(_filled(cells) & _filled(other) for other in grids[-1].values())
+        if starts_costs or of_others or _width({**names, **grids[-1], header: cells}) > width:
             grids.append({})
         grids[-1][header] = cells
     remarks = [Text(line, style="dim") for line in _remarks(report)]
-    return Group(*[grid_of({**names, **columns}) for columns in grids if columns], *remarks)
+    return Group(*[grid_of(_without_empty_rows(names, columns)) for columns in grids if columns], *remarks)
 
 
 def markdown(report: Report) -> str:
@@ -172,6 +173,17 @@ def _short(metric: str, metrics: Sequence[str]) -> str:
     """Without its split where all metrics are of the same one."""
     same_split = len({name.partition("/")[0] for name in metrics}) == 1
     return metric.partition("/")[2] or metric if same_split else metric
+
+
+def _filled(cells: Sequence[str]) -> set[int]:
+    """The rows that have something in this column."""
+    return {place for place, cell in enumerate(cells) if cell != MISSING}
+
+
+def _without_empty_rows(names: Columns, columns: Columns) -> Columns:
+    """A table without the rows that have nothing but their name in it; all of them where none has more."""
+    filled = set().union(*map(_filled, columns.values())) or set(range(len(names[""])))
+    return {header: [cells[place] for place in sorted(filled)] for header, cells in {**names, **columns}.items()}
 
 
 def _cell(value: Any, rounded: Callable[[float], str]) -> str:

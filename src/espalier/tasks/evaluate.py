@@ -1,8 +1,6 @@
 """`espalier evaluate source=RUN`: what a trained run, or a bundle of it, does on a split, and where it errs."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,10 +8,10 @@ from rich.console import Console
 from torch import Tensor
 
 from espalier.checkpoint import Checkpoint
-from espalier.compression.base import Entry, Stage, conversion, finalize, stage_of, without_teacher
+from espalier.compression.base import Entry, Stage, conversion, finalize, stage_of
 from espalier.data.loaders import Batch, Samples
 from espalier.errors import ConfigError
-from espalier.export import deployed, formats
+from espalier.export import deployed, formats, verdict
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Predict
 from espalier.measure import attacks, corruptions, cost, diagnosis, prediction_files
@@ -60,11 +58,11 @@ def evaluate(
         return None
     row, predict = in_torch(run) if chosen == TORCH else as_exported(run, chosen, threads)
     found = answers.collect(predict, source_of(run).spec, batches(run, split))
-    is_as_trained = (
-        run.data.spec.to_dict() == source_of(run).spec.to_dict()
-    )  # else samples were normalised in another way
+    is_as_trained = run.data.spec == source_of(run).spec  # else `run.measure` has normalised in another way
     row["metrics"] = metrics if metrics and is_as_trained else score(run, split, found)
-    notes = [*kept_in_float(chosen, source_of(run).ledger), *diagnose(run, split, found)]
+    notes = list(diagnose(run, split, found))
+    if chosen != TORCH:
+        notes += verdict.kept_in_float(chosen, conversion(source_of(run).ledger))
     rows = [row]
     if robustness:
         harms = harm(run, split, predict, robustness, epsilon, row)
@@ -151,18 +149,18 @@ def as_exported(run: Run, name: str, threads: int) -> tuple[dict[str, Any], Pred
     if run.bundle is not None:
         return row_of(run.bundle, name), session_of(run.bundle, name, threads)
     assert run.source is not None
-    trained, ledger = without_teacher(run.network(run.source), run.source.ledger)
-    left = conversion(ledger)
+    network = run.deployable(run.source)
     folder = run.folder / "export"
     folder.mkdir(parents=True, exist_ok=True)
-    module.write(finalize(copy.deepcopy(trained), ledger), run.source.spec.shape, folder / module.FILES[0], left)
+    path = folder / module.FILES[0]
+    module.write(network.module, run.source.spec.shape, path, network.conversion)
     row = {
         "name": run.cost(None)["name"],
         "runtime": module.RUNTIME,
-        **cost.counts(trained.eval(), run.source.spec.shape),
+        **cost.counts(network.trained, run.source.spec.shape),
         "size_bytes": sum(cost.size_bytes(folder / file) for file in module.FILES),
     }
-    return row, opened(name, folder / module.FILES[0], threads, deployed.is_dynamic(left))
+    return row, deployed.session(name, path, threads, deployed.is_dynamic(network.conversion))
 
 
 def row_of(bundle: Bundle, name: str) -> dict[str, Any]:
@@ -173,22 +171,7 @@ def row_of(bundle: Bundle, name: str) -> dict[str, Any]:
 
 def session_of(bundle: Bundle, name: str, threads: int) -> Predict:
     """A format of a bundle, ready to run; sample by sample where it has to be."""
-    return opened(name, bundle.file(name), threads, bundle.sample_by_sample)
-
-
-def opened(name: str, path: Path, threads: int, is_dynamic: bool) -> Predict:
-    """The same of a file; `is_dynamic` networks have one range of values per call where a runtime quantizes them."""
-    module = formats.module(name)
-    assert module.Session is not None
-    session = module.Session(path, threads)
-    return deployed.one_by_one(session) if is_dynamic and "dynamic" in module.CONVERSIONS else session
-
-
-def kept_in_float(name: str, ledger: Iterable[Entry]) -> Iterator[str]:
-    """A remark where a format does not carry out the quantization that the network was meant for."""
-    left = conversion(ledger)
-    if left is not None and name != TORCH and left.kind not in formats.module(name).CONVERSIONS:
-        yield f"{name} keeps in float what ONNX Runtime computes in {left.bits} bits ({left.kind})"
+    return deployed.session(name, bundle.file(name), threads, bundle.sample_by_sample)
 
 
 def score(run: Run, split: Split, found: Predictions) -> dict[str, float]:
@@ -196,7 +179,7 @@ def score(run: Run, split: Split, found: Predictions) -> dict[str, float]:
     metrics = run.learner.new_metrics("test")
     for metric in metrics.values():
         metric.distributed_available_fn = lambda: False  # no other rank has answers
-    metrics.update(run.learner.predict(found.output), found.y)
+    metrics.update(found.output if found.spec.num_classes else found.predicted, found.y)
     run.learner.measured["test"] = values = metrics.compute()
     return {name.replace("test/", f"{split}/"): float(value) for name, value in values.items() if value.ndim == 0}
 
@@ -269,13 +252,13 @@ def harm(
 def loss_in_torch(run: Run) -> Loss:
     """The loss whose gradient attacks follow: of the float network, as rounding has none."""
     assert run.source is not None
-    ledger = run.source.ledger
-    network = run.network(run.source)
-    if is_quantized(ledger):
-        network, ledger = run.float_network(run.source)
+    if is_quantized(run.source.ledger):
+        network = finalize(*run.float_network(run.source))
+    else:
+        network = run.deployable(run.source).module
     is_measured = run.trainer.state.finished  # else the trainer has never looked for its device
     device = run.trainer.strategy.root_device if is_measured else torch.device("cpu")
-    network = finalize(network, ledger).to(device)
+    network = network.to(device)
     return lambda x, y_B: run.learner.loss(network(x.to(device)).cpu(), y_B)
 
 
