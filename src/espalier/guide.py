@@ -8,7 +8,7 @@ from espalier.errors import ConfigError
 EXAMPLES = """\
   espalier train                                            a small residual network on handwritten digits, in a minute
   espalier compress source=latest experiment=digits_small   the same at a twentieth of its size, measured
-  espalier train model=cnn data=digits trainer.max_epochs=3 strategy=ddp_cpu"""
+  espalier export source=latest                             files for a runtime; then: espalier serve source=latest"""
 FLAGS = """\
   -m, --multirun   one run per combination of the values in KEY=a,b,c
   --cfg job        print the composed configuration and stop

@@ -74,6 +74,8 @@ def _source(reference: str, task: str) -> Checkpoint | Bundle:
     if exported is not None and not (task in runs.READS_BUNDLE or task in runs.TAKES_BUNDLE):
         raise ConfigError(f"source={reference}: {task} needs the trained RUN, not the bundle that was exported from it")
     stored = bundle.read("source", exported) if exported else checkpoint.load_run("source", reference, EVALUATED)
+    if missing := [group for group in runs.NETWORK if group not in stored.config]:
+        raise ConfigError(f"source={reference}: its configuration has no {' and no '.join(missing)}")
     check(OmegaConf.create({group: stored.config[group] for group in runs.NETWORK}), untrusted=True)
     return stored
 

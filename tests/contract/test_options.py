@@ -30,7 +30,7 @@ NUM_OPTIONS = {  # at least; a search that finds nothing proves nothing
         "learner": 2,
         "logger": 5,
     },
-    **{"model": 5, "optimizer": 10, "scheduler": 7, "strategy": 6, "task": 3, "trainer": 1},
+    **{"model": 5, "optimizer": 10, "scheduler": 7, "strategy": 6, "task": 9, "trainer": 1},
 }
 OPTIONS = [(group, option) for group, options in catalog.groups().items() for option in options]
 LISTS = {"callbacks", "compression", "logger", "data/augment"}
