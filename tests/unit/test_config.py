@@ -140,22 +140,22 @@ STORED = config.compose(["model=mlp", "model.hidden=[7]", "data.batch_size=32", 
 
 
 def test_a_source_brings_its_network_and_data_but_not_its_trainer():
-    now = runs.from_source(config.compose([]), OmegaConf.to_container(STORED), [], may_change=False)
+    now = runs.from_source(config.compose([]), OmegaConf.to_container(STORED), [], may_change=())
     assert (now.model.hidden, now.data.batch_size) == ([7], 32)
     assert (now.seed, now.trainer.max_epochs) == (0, 30)
 
 
 def test_knobs_of_the_data_stay_open_and_the_network_closed():
     stored = OmegaConf.to_container(STORED)
-    now = runs.from_source(config.compose(["data.batch_size=8"]), stored, ["data.batch_size=8"], may_change=False)
+    now = runs.from_source(config.compose(["data.batch_size=8"]), stored, ["data.batch_size=8"], may_change=())
     assert (now.data.batch_size, now.model.hidden) == (8, [7])
     with pytest.raises(ConfigError, match=r"^model\.hidden=\[9\]: model comes from source"):
-        runs.from_source(config.compose(["model=mlp"]), stored, ["model.hidden=[9]"], may_change=False)
+        runs.from_source(config.compose(["model=mlp"]), stored, ["model.hidden=[9]"], may_change=())
 
 
 def test_a_warm_start_may_choose_another_data_set_and_keeps_the_model():
     words = ["data=synthetic_images", "data.num_classes=3"]
-    now = runs.from_source(config.compose(words), OmegaConf.to_container(STORED), words, may_change=True)
+    now = runs.from_source(config.compose(words), OmegaConf.to_container(STORED), words, may_change=runs.NETWORK)
     assert (now.data.num_classes, now.model.hidden) == (3, [7])
     assert now.data._target_ == "espalier.data.synthetic_images.SyntheticImages"
 
