@@ -11,6 +11,8 @@ import torch
 from sklearn.metrics import accuracy_score
 
 from conftest import Command, Outcome, command
+from espalier.data.synthetic_images import SyntheticImages
+from espalier.export import onnx
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
 DIGITS = ("model=mlp", "model.hidden=[32]", "trainer.max_epochs=6")
@@ -189,6 +191,30 @@ def test_a_regression_shows_its_residuals(espalier: Command, numbers: Path):
     assert metrics(run, 0)["test/severity 5"] > rmse
     names = {path.name for path in (run / "figures").iterdir()}
     assert names == {"predictions.png", "residuals.png", "robustness.png"}
+
+
+PIXELS = ("data=synthetic_images", "data.channels=1", "data.height=8", "data.width=8")
+SIZES = ("data.num_train=256", "data.num_val=64", "data.num_test=200")
+
+
+def test_samples_with_other_statistics_are_normalised_as_in_training(espalier: Command, tmp_path: Path):
+    source = made(tmp_path, "train", *PIXELS, *SIZES, "model=mlp", "model.hidden=[16]", "trainer.max_epochs=2")
+    exported = evaluated(espalier, source, "+data.noise=0.95", "task.runtime=onnx", to="exported")
+    in_torch = evaluated(espalier, source, "+data.noise=0.95", to="in_torch")
+    before, now = (
+        SyntheticImages(10, 1, 8, 8, 256, 64, 200, noise, batch_size=40, augment={}, seed=0) for noise in (0.5, 0.95)
+    )
+    assert now.spec.std[0] != pytest.approx(before.spec.std[0], rel=0.05)
+    raw = now.splits.test
+    x_BCHW = (raw.x.float() / 255 - before.spec.mean[0]) / before.spec.std[0]
+    logits = onnx.Session(exported / "export" / "model.onnx", threads=1)(x_BCHW)
+    expected = {
+        "test/accuracy": float((logits.argmax(1) == raw.y).float().mean()),
+        "test/loss": float(torch.nn.functional.cross_entropy(logits, raw.y)),
+    }
+    for run in (exported, in_torch):
+        found = {name: metrics(run)[name] for name in expected}
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 WRONG = {

@@ -89,6 +89,8 @@ class Run:
         if self.task != "train":
             for source in self.sources:
                 require_same_data("source", data, source)
+            if self.sources:
+                data.normalise_as(self.sources[0].spec)
         return data
 
     @cached_property

@@ -15,7 +15,7 @@ from espalier.data.prepare import Normalise
 from espalier.errors import ConfigError
 from espalier.measure import corruptions
 from espalier.measure.corruptions import CIFAR_C, IMAGENET_C, SEVERITIES, corrupt_images, corrupt_table
-from espalier.measure.robustness import harmed, renormalised, require_applicable
+from espalier.measure.robustness import harmed, require_applicable
 from espalier.spec import DataSpec
 
 NAMES = [field.name for field in dataclasses.fields(CIFAR_C)]
@@ -137,13 +137,3 @@ def test_a_table_has_no_contrast():
         require_applicable("task.robustness", ["noise", "blur"], spec((3,), (0.0,) * 3, (1.0,) * 3))
     require_applicable("task.robustness", ["noise", "fgsm", "pgd"], spec((3,), (0.0,) * 3, (1.0,) * 3))
     require_applicable("task.robustness", NAMES, spec((1, 2, 2), (0.0,), (1.0,)))
-
-
-def test_batches_normalised_for_other_data_are_normalised_as_the_network_was_trained():
-    of_data, of_network = spec((1, 2, 2), (0.5,), (0.25,)), spec((1, 2, 2), (0.1,), (2.0,))
-    pixels = images(5, 1, 2, 2)
-    batch = Batch((pixels - 0.5) / 0.25, torch.zeros(5), torch.arange(5))
-    [found] = renormalised([batch], of_data, of_network)
-    assert torch.allclose(found.x, (pixels - 0.1) / 2.0, atol=1e-6)
-    [same] = renormalised([batch], of_data, of_data)
-    assert same is batch

@@ -192,6 +192,11 @@ def stage_of(method: str) -> Stage:
     return _file_of(method).STAGE
 
 
+def is_quantized(ledger: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a step of the way was a quantization."""
+    return any(stage_of(str(entry["method"])) == Stage.QUANTIZE for entry in ledger)
+
+
 def conversion(ledger: Iterable[Mapping[str, Any]]) -> Conversion | None:
     """What the exporter has left to do for this network; None where `finalize` did everything."""
     for entry in ledger:

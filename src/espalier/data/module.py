@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -83,16 +83,24 @@ class DataModule(L.LightningDataModule):
         size = self.batch_size if batch_size is None else batch_size
         return self._loader(split, size, place, is_training=False)
 
+    def normalise_as(self, trained: DataSpec) -> None:
+        """Prepare samples as for the training of a network; the statistics of those at hand may be others.
+
+        The unit of raw values stays that of the data at hand.
+        """
+        spec = replace(self.spec, mean=trained.mean, std=trained.std)
+        spec = replace(spec, target_mean=trained.target_mean, target_std=trained.target_std)
+        self.splits = replace(self.splits, spec=spec)
+
+    def raw(self, split: Split, index_B: Tensor) -> Samples:
+        """Samples of a split as they were read, by their positions."""
+        return pick(getattr(self.splits, split), index_B)
+
     def samples(self, num: int) -> Batch:
         """At most `num` random training samples, normalised, not augmented; the same in each call and on each rank."""
-        data = self.splits.train
-        order_N = torch.randperm(len(data), generator=seeding.generator(self.seed, SAMPLES_STREAM))
+        order_N = torch.randperm(len(self.splits.train), generator=seeding.generator(self.seed, SAMPLES_STREAM))
         index_B = order_N[:num]
-        raw = (
-            Samples(data.x[index_B], data.y[index_B])
-            if isinstance(data, Samples)
-            else data.__getitems__(index_B.tolist())
-        )
+        raw = self.raw("train", index_B)
         return Batch(Normalise(self.spec, torch.device("cpu"))(raw.x), raw.y, index_B)
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,6 +137,13 @@ class DataModule(L.LightningDataModule):
             return 0, 1, torch.device("cpu")
         sharding: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return sharding["rank"], sharding["num_replicas"], self.trainer.strategy.root_device
+
+
+def pick(data: Samples | Reader, index_B: Tensor) -> Samples:
+    """Raw samples by their positions in a split."""
+    if isinstance(data, Samples):
+        return Samples(data.x[index_B], data.y[index_B])
+    return data.__getitems__(index_B.tolist())
 
 
 def class_counts(label_N: Tensor, num_classes: int) -> tuple[int, ...]:

@@ -19,13 +19,16 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from espalier import explain
 from espalier.config import nearest
+from espalier.data.prepare import Normalise
 from espalier.errors import ConfigError, require
+from espalier.spec import DataSpec
 
 EXTRA = "explain"
 PIECES_PER_SIDE = 8  # of an image: 64 pieces are few enough for shap and lime and still show a shape
@@ -52,6 +55,17 @@ def methods() -> list[str]:
     names = [module.name for module in iter_modules(explain.__path__)]
     found = [name for name in names if hasattr(_file_of(name), "BY_DEFAULT")]
     return sorted(found, key=lambda name: (not is_default(name), name))
+
+
+def chosen(names: Sequence[str] | None) -> list[str]:
+    """These methods, each once; of None those of the default.
+
+    Raises:
+        ConfigError: one is no method, or its package is not installed.
+    """
+    found = [name for name in methods() if is_default(name)] if names is None else list(dict.fromkeys(names))
+    check(found)
+    return found
 
 
 def check(names: Sequence[str]) -> None:
@@ -84,6 +98,26 @@ def prepare(name: str, model: nn.Module, x: Tensor, setting: Setting) -> Setting
     return setting if of_method is None else of_method(model, x, setting)
 
 
+def fitting(
+    names: Sequence[str], model: nn.Module, x: Tensor, setting: Setting, must_fit: bool
+) -> tuple[dict[str, Setting], list[str]]:
+    """Each method that fits the network with what it has to know of it; remarks on those that do not fit.
+
+    Raises:
+        ConfigError: a method does not fit although it must.
+    """
+    settings: dict[str, Setting] = {}
+    notes = []
+    for name in names:
+        try:
+            settings[name] = prepare(name, model, x, setting)
+        except ConfigError as error:
+            if must_fit:
+                raise
+            notes.append(f"{name} left out: {str(error).partition(': ')[2]}")
+    return settings, notes + [f"{name} looks at {each.layer}" for name, each in settings.items() if each != setting]
+
+
 def attribute(name: str, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
     """The map of one sample, float32 on the CPU."""
     explain_one: Callable[[nn.Module, Tensor, int, Setting], Tensor] = _file_of(name).explain
@@ -110,6 +144,27 @@ def by_position(attribution: Tensor) -> Tensor:
 def default_patch(shape: Sequence[int]) -> int:
     """An eighth of the longer side of an image, at least one pixel; 1 for a table."""
     return max(1, -(-max(shape[1:]) // PIECES_PER_SIDE)) if len(shape) == 3 else 1
+
+
+def piece_width(spec: DataSpec, patch: int | None) -> int:
+    """Pixels a side of what is taken away together.
+
+    Raises:
+        ConfigError: more than the image has, or no image.
+    """
+    if patch is None:
+        return default_patch(spec.shape)
+    if not spec.is_image:
+        raise ConfigError(f"task.patch={patch}: {spec.name} is a table and loses one feature at a time; say null")
+    if patch > min(spec.shape[1:]):
+        raise ConfigError(f"task.patch={patch}: images are {spec.shape[1]} x {spec.shape[2]} pixels; choose fewer")
+    return patch
+
+
+def without_content(spec: DataSpec, baseline: Literal["mean", "zero"]) -> Tensor:
+    """A normalised sample: raw zeros, or the mean of the training samples, which is 0 by definition."""
+    mean = torch.zeros(spec.shape)
+    return mean if baseline == "mean" else Normalise(spec, torch.device("cpu"))(mean)
 
 
 def pieces(shape: Sequence[int], patch: int) -> Tensor:

@@ -1,7 +1,10 @@
 """What a reader of the numbers has to know, in words: which maps should not be trusted here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from espalier.compression.base import Entry, is_quantized
+from espalier.spec import DataSpec
 
 FAILS_FROM = 0.5  # rank correlation with the map of a network that has learnt nothing
 MAX_INCOMPLETE = 0.01
@@ -22,3 +25,14 @@ def untrustworthy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"(rank correlation {metrics['sanity']:.2f}), so they show the input more than what was learnt"
             )
     return notes
+
+
+def caveats(spec: DataSpec, ledger: Iterable[Entry]) -> Iterator[str]:
+    """What was not explained as it is."""
+    if is_quantized(ledger):
+        yield (
+            "integers have no gradients: the network was explained as trained, with simulated integers, "
+            "whose steps integrated_gradients cannot sum exactly"
+        )
+    if not spec.is_image:
+        yield "features are called x0, x1, ... in the order of the data, which names none"

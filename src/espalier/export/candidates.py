@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from espalier.compression.base import Entry, Stage, stage_of
+from espalier.compression.base import Entry, is_quantized
 from espalier.export import deployed, formats
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable, Predict
@@ -43,10 +43,6 @@ class Network:
     deployable: Deployable | None
     rebuild: Callable[[], nn.Module] | None  # makes the module of `deployable` again, in another process
     files: dict[tuple[str, str], Path] = field(default_factory=dict)  # of a runtime and a precision, once written
-
-    @property
-    def is_quantized(self) -> bool:
-        return any(stage_of(entry["method"]) == Stage.QUANTIZE for entry in self.ledger)
 
     def in_precision(self, form: Precision) -> nn.Module:
         """A copy of the module that is shipped."""
@@ -76,7 +72,7 @@ def plan(
             notes.append(f"not run: {what}: the bundle holds {', '.join(network.bundle.formats)}")
         elif network.bundle and form != "fp32":
             notes.append(f"not run: {what}: a bundle has the precision that it was exported in")
-        elif form != "fp32" and network.is_quantized:
+        elif form != "fp32" and is_quantized(network.ledger):
             notes.append(f"not run: {what}: its numbers are integers")
         elif runtime not in IN_TORCH and form not in formats.module(runtime).PRECISIONS:
             notes.append(f"not run: {what}: the runtime lacks layers in it on a CPU")
@@ -113,7 +109,7 @@ def _in_torch(choice: Choice, device: torch.device, batch_size: Count, threads: 
 
 
 def _as_file(choice: Choice, folder: Path, batch_size: Count, threads: Count) -> Candidate:
-    network, runtime, form = choice
+    network, runtime, _ = choice
     written, path = formats.module(runtime), _file(choice, folder)
     row = {**_row(choice), "size_bytes": sum(cost.size_bytes(path.parent / file) for file in written.FILES)}
     is_dynamic = network.bundle.sample_by_sample if network.bundle else False

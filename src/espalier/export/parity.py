@@ -4,15 +4,14 @@ Both sides get the same raw samples. One way is training's: torch normalises, th
 server's: numpy normalises, a runtime answers.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from espalier.data.loaders import Reader, Samples
+from espalier.data.module import pick
 from espalier.data.prepare import Normalise
 from espalier.export.deployed import Predict
 from espalier.export.preprocess import normalise
@@ -73,23 +72,14 @@ def compare(eager: Predict, exported: Predict, learner: Learner, samples: Sample
     in_torch = Normalise(spec, torch.device("cpu"))
     difference, num_same, num_samples = torch.zeros(()), 0, 0
     with torch.no_grad():
-        for raw, y_B in _batches(samples):
-            ours_BK = eager(in_torch(raw)).float()
-            theirs_BK = exported(torch.from_numpy(normalise(spec, raw.numpy()))).float()
+        for index_B in torch.arange(len(samples)).split(BATCH_SIZE):
+            raw = pick(samples, index_B)
+            ours_BK = eager(in_torch(raw.x)).float()
+            theirs_BK = exported(torch.from_numpy(normalise(spec, raw.x.numpy()))).float()
             difference = torch.maximum(difference, (ours_BK - theirs_BK).abs().max())  # unlike max(), it keeps a NaN
             num_same += int((ours_BK.argmax(1) == theirs_BK.argmax(1)).sum())
-            num_samples += len(y_B)
+            num_samples += len(raw)
             for values, output_BK in zip(metrics, (ours_BK, theirs_BK), strict=True):
-                values.update(learner.predict(output_BK), y_B)
+                values.update(learner.predict(output_BK), raw.y)
     of_eager, of_exported = (float(values.compute()[metric]) for values in metrics)
     return Parity(num_samples, float(difference), num_same / num_samples, metric, of_eager, of_exported)
-
-
-def _batches(samples: Samples | Reader) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(samples), BATCH_SIZE):
-        stop = min(start + BATCH_SIZE, len(samples))
-        if isinstance(samples, Samples):
-            yield samples.x[start:stop], samples.y[start:stop]
-        else:
-            batch = samples.__getitems__(list(range(start, stop)))
-            yield batch.x, batch.y

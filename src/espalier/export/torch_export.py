@@ -1,7 +1,7 @@
 """A network as the program that torch.export captures: a `.pt2` file that needs torch and nothing else.
 
-Weights lie in it as bytes and the program as JSON; its example input is the one thing that torch unpickles, and that
-loads with `weights_only=True`.
+Weights lie in it as bytes and the program as JSON; its example input is pickled, in a form that loads with
+`weights_only=True`. What torch itself would do with a hostile file is in `vetting.py`, which a session asks first.
 """
 
 import io
@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from espalier.compression.base import Conversion
 from espalier.export.formats import DTYPES, converting, draft, on_cpu
+from espalier.export.vetting import require_harmless
 from espalier.ranges import Count
 
 RUNTIME = "torch"
@@ -35,9 +36,14 @@ def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion
 
 
 class Session:
-    """The program in torch, on the CPU. Threads are those of the whole process, so they are set for each call."""
+    """The program in torch, on the CPU. Threads are those of the whole process, so they are set for each call.
+
+    Raises:
+        ConfigError: the file holds something that would run code of its author.
+    """
 
     def __init__(self, path: Path, threads: Count) -> None:
+        require_harmless(path)
         import torch.ao.quantization.fx._decomposed  # the operators of quantized networks
 
         self._program = torch.export.load(path).module()

@@ -12,14 +12,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from espalier.measure.figures import BLUE, GREY, ORANGE, STYLE
+from espalier.measure.figures import BLUE, GREY, ORANGE, STYLE, save
 
 SIGNED = "RdBu"
 CELL = 1.45  # inches a side of a picture
@@ -55,7 +54,7 @@ def pictures(samples: Sequence[Explained], title: str, target: Path) -> None:
             axes.set_title(name.replace("_", "\n"), fontsize=10, loc="center")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         _scale(figure, cells)
-        _save(figure, target)
+        save(figure, target)
 
 
 def bars(samples: Sequence[Explained], title: str, target: Path) -> None:
@@ -80,7 +79,7 @@ def bars(samples: Sequence[Explained], title: str, target: Path) -> None:
             axes.set_title(name.replace("_", " "), fontsize=11)
         remark = f"; {rest} features that matter less left out" if rest else ""
         figure.suptitle(f"{title}{remark}", x=0.01, ha="left", fontsize=12)
-        _save(figure, target)
+        save(figure, target)
 
 
 def short(name: str) -> str:
@@ -130,8 +129,3 @@ def _draw_bars(axes: Axes, values_SF: NDArray[Any], names: Sequence[str]) -> Non
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.tick_params(axis="x", labelsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-
-
-def _save(figure: Figure, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(str(target))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
+from espalier.learners.learner import Learner
 from espalier.spec import DataSpec
 
 NUM_BINS = 15  # of a calibration curve, as in Guo et al. 2017 and in the metric `calibration_error`
@@ -78,6 +79,15 @@ def join(parts: Sequence[Predictions]) -> Predictions:
         return parts[0]
     columns = zip(*((part.index, part.y, part.output) for part in parts), strict=True)
     return Predictions(parts[0].spec, *(torch.cat(values) for values in columns))
+
+
+def score(found: Predictions, learner: Learner) -> dict[str, Tensor]:
+    """The learner's test metrics of these answers, tables among them, in this process alone."""
+    metrics = learner.new_metrics("test")
+    for metric in metrics.values():
+        metric.distributed_available_fn = lambda: False  # no other rank has answers
+    metrics.update(learner.predict(found.output), found.y)
+    return metrics.compute()
 
 
 @dataclass(frozen=True)

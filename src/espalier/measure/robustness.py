@@ -1,6 +1,7 @@
 """Samples of a split, harmed: corrupted by chance or attacked on purpose, as the batches that a network will see."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -14,23 +15,20 @@ from espalier.spec import DataSpec
 UNBOUNDED = (-float("inf"), float("inf"))
 OF_TABLES = ("noise", *attacks.NAMES)
 
+Harm = Literal["noise", "blur", "contrast", "brightness", "rotation", "fgsm", "pgd"]
+Curves = Mapping[str, Sequence[float]]  # a metric at each severity, by what did the harm
 
-def require_applicable(key: str, names: Iterable[str], spec: DataSpec) -> None:
-    """Raise `ConfigError` if one of these does nothing sensible to such samples."""
+
+def require_applicable(key: str, names: Sequence[str], spec: DataSpec) -> None:
+    """Raise `ConfigError` if one of these does nothing sensible to such samples, or is there twice."""
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{key}=[{','.join(names)}]: one is listed twice; once is enough")
     wrong = [name for name in names if not spec.is_image and name not in OF_TABLES]
     if wrong:
         raise ConfigError(
             f"{key}=[{','.join(wrong)}]: {spec.name} holds tables, and only images can be harmed so; "
             f"tables take {', '.join(OF_TABLES)}"
         )
-
-
-def renormalised(batches: Iterable[Batch], of_data: DataSpec, of_network: DataSpec) -> Iterator[Batch]:
-    """Batches that were normalised as `of_data` says, as a network that was trained on `of_network` wants them."""
-    before, after = (Normalise(spec, torch.device("cpu")) for spec in (of_data, of_network))
-    is_same = (of_data.mean, of_data.std) == (of_network.mean, of_network.std)
-    for batch in batches:
-        yield batch if is_same else batch._replace(x=after.of_scaled(batch.x * before.std + before.mean))
 
 
 def harmed(
@@ -62,3 +60,35 @@ def harmed(
         else:
             x = corruptions.corrupt_table(x, severity, seed, batch.index)
         yield batch._replace(x=normalise.of_scaled(x) if spec.is_image else x)
+
+
+def severities(
+    batches: Iterable[Batch], name: str, spec: DataSpec, seed: int, largest: float | None, loss: Loss | None
+) -> Iterator[Iterator[Batch]]:
+    """All batches, `harmed` at each severity in turn."""
+    for severity in corruptions.SEVERITIES:
+        yield harmed(batches, name, severity, spec, seed, largest, loss)
+
+
+def rows(curves: Curves, split: str, runtime: str) -> list[dict[str, Any]]:
+    """One row of a report per harm: the metric at each severity, and its mean."""
+    return [
+        {
+            "name": name,
+            "runtime": runtime,
+            "metrics": {
+                **{f"{split}/severity {severity}": value for severity, value in enumerate(values, start=1)},
+                f"{split}/mean": sum(values) / len(values),
+            },
+        }
+        for name, values in curves.items()
+    ]
+
+
+def summary(curves: Curves, metric: str, clean: float, mode: Literal["min", "max"]) -> str:
+    """What the rows show, and which harm does most."""
+    weakest = (min if mode == "max" else max)(curves, key=lambda name: sum(curves[name]))
+    return (
+        f"under {', '.join(curves)} the table shows {metric}; weakest under {weakest}: "
+        f"{curves[weakest][-1]:.4g} at severity 5, {clean:.4g} unharmed"
+    )

@@ -1,4 +1,4 @@
-"""`espalier benchmark source=RUN[,RUN...]`: what networks cost to run, beside each other, in the runtimes they ship in."""
+"""`espalier benchmark source=RUN[,RUN...]`: what networks cost to run, side by side, in the runtimes they ship in."""
 
 import os
 from collections.abc import Iterator, Sequence

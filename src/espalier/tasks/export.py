@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from espalier.compression.base import Stage, stage_of
+from espalier.compression.base import is_quantized
 from espalier.errors import ConfigError
 from espalier.export import bundle, deployed, formats, onnx, parity, preprocess, verdict
 from espalier.export.deployed import Deployable
@@ -48,8 +48,7 @@ def export(
         raise ConfigError(f"hydra.run.dir={run.folder}: holds an export already; choose another folder")
     run.record()
     network = run.deployable(run.source)
-    is_quantized = any(stage_of(entry["method"]) == Stage.QUANTIZE for entry in network.ledger)
-    gate = parity.Gate(precision == "fp32" and not is_quantized, tolerance, agreement)
+    gate = parity.Gate(precision == "fp32" and not is_quantized(network.ledger), tolerance, agreement)
     shipped = formats.in_precision(network.module, precision)
     counted = cost.counts(network.trained, run.data.spec.shape)
     rows: list[dict[str, Any]] = []
