@@ -199,6 +199,61 @@ def test_a_client_that_is_too_slow_is_told_so(linear: Server, start: bytes) -> N
     assert 1.5 < time.monotonic() - began < 20
 
 
+def post(body: bytes, *lines: bytes, version: bytes = b"1.1", kind: bytes = b"application/json") -> bytes:
+    """A request for predictions as bytes, with more lines in its head."""
+    head = [b"POST /predict HTTP/" + version, b"host: x", b"content-type: " + kind, *lines]
+    return b"\r\n".join([*head, b"content-length: %d" % len(body), b"", body])
+
+
+LAST = b"connection: close"
+ASKED = json.dumps({"inputs": [BRIGHT]}).encode()
+CHUNKED = b"\r\n".join([b"%x" % len(ASKED), ASKED, b"0", b"", b""])
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (post(ASKED, LAST),),
+        (post(ASKED, LAST)[:-5], ASKED[-5:]),
+        (post(ASKED, LAST)[:20], post(ASKED, LAST)[20:]),
+        (post(ASKED, LAST, kind=b"application/json; charset=utf-8"),),
+        (post(ASKED, version=b"1.0"),),
+        (
+            b"POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+            b"transfer-encoding: chunked\r\n\r\n" + CHUNKED,
+        ),
+    ],
+    ids=["at once", "body in two parts", "head in two parts", "with a character set", "HTTP 1.0", "chunked"],
+)
+def test_a_request_is_answered_alike_however_it_comes(linear: Server, parts: tuple[bytes, ...]) -> None:
+    with socket.create_connection(("127.0.0.1", linear.port), timeout=30) as client:
+        for part in parts:
+            client.sendall(part)
+            time.sleep(0.05)
+        with client.makefile("rb") as file:
+            head, _, body = file.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert {b"content-type: application/json", b"x-content-type-options: nosniff"} <= set(head.splitlines())
+    assert json.loads(body) == {"predictions": linear.predict([BRIGHT])}
+
+
+def test_requests_that_come_before_their_answers_are_answered_in_order(linear: Server) -> None:
+    wanted = [BRIGHT, DARK, BRIGHT, [[[1]]], DARK]
+    bodies = [json.dumps({"inputs": [each]}).encode() for each in wanted]
+    with socket.create_connection(("127.0.0.1", linear.port), timeout=30) as client:
+        client.sendall(b"".join([*map(post, bodies[:-1]), post(bodies[-1], LAST)]))
+        with client.makefile("rb") as file:
+            answers = file.read().split(b"HTTP/1.1 ")[1:]
+    assert [answer[:3] for answer in answers] == [b"200", b"200", b"200", b"422", b"200"]
+    labels = [json.loads(answer.partition(b"\r\n\r\n")[2]) for answer in answers]
+    assert [each["predictions"][0]["label"] for each in labels if "error" not in each] == [
+        "bright",
+        "dark",
+        "bright",
+        "dark",
+    ]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_after_what_it_accepted_is_answered(bundle: Path, number: int) -> None:
     body = json.dumps({"inputs": [BRIGHT]}).encode()
@@ -212,7 +267,8 @@ def test_a_signal_ends_it_after_what_it_accepted_is_answered(bundle: Path, numbe
             while not is_closed(running.port):
                 time.sleep(0.05)
             client.sendall(body[5:])
-            assert b'"label":"bright"' in client.recv(10_000)
+            with client.makefile("rb") as answer:
+                assert b'"label":"bright"' in answer.read()
         assert running.process.wait(30) == 0
 
 

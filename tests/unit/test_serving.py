@@ -3,24 +3,29 @@
 import asyncio
 import base64
 import json
+import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from omegaconf import OmegaConf
 from PIL import Image
 
 from espalier import catalog
 from espalier.errors import ConfigError
 from espalier.serving import inputs, occlusion
+from espalier.serving.app import App, Row
 from espalier.serving.batcher import Batcher
 from espalier.serving.errors import ClientGoneError, RequestError
 from espalier.serving.patience import patiently
 from espalier.serving.predictor import Predictor
+from espalier.serving.protocol import Protocol
 from espalier.serving.settings import Settings
 from espalier.spec import DataSpec
 from served import linear_bundle
@@ -286,6 +291,49 @@ def test_a_client_that_leaves_takes_its_request_along() -> None:
         assert never.cancelled()
 
     asyncio.run(run())
+
+
+def test_a_small_request_waits_no_longer_than_it_is_wanted(tmp_path: Path) -> None:
+    """Over a socket, with a network that is let go when the test says so."""
+
+    async def run() -> list[bytes]:
+        config = uvicorn.Config(App(settings, ""), http=Protocol, loop="asyncio", lifespan="on", proxy_headers=False)
+        config.load()
+        server, app = uvicorn.Server(config), config.loaded_app
+        server.lifespan = config.lifespan_class(config)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            await server.startup([listening])
+            app.batcher._run = lambda raw: [Row(values, 0, True) for values in zip(held(raw), strict=True)]
+            port = listening.getsockname()[1]
+            late = await asyncio.open_connection("127.0.0.1", port)
+            late[1].write(request)
+            answer = await late[0].readuntil(b"}")
+            gone = await asyncio.open_connection("127.0.0.1", port)
+            gone[1].write(request)
+            while not app.batcher.num_waiting:
+                await asyncio.sleep(0.001)
+            gone[1].close()
+            while (text := app.metrics.text()) and b'status="499"' not in text:
+                await asyncio.sleep(0.001)
+            held.go.set()
+            late[1].write(request)
+            answers = [answer, await late[0].readuntil(b"}]}"), text]
+            late[1].close()
+            await server.shutdown([listening])
+        return answers
+
+    spec = DataSpec("numbers", (1,), scale=1.0, mean=(0.0,), std=(1.0,), target_mean=0.0, target_std=1.0)
+    folder = linear_bundle(tmp_path, spec, np.array([[1.0]]))
+    settings = replace(Settings.from_words([str(folder)]), time_limit_s=0.5)
+    request = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 16\r\n\r\n"
+    request += b'{"inputs":[[7]]}'
+    held = Held()
+    too_late, in_time, metrics = asyncio.run(asyncio.wait_for(run(), 30))
+    assert too_late.startswith(b"HTTP/1.1 504 ")
+    assert too_late.endswith(b'{"error":"no answer within 0.5 s; the server is too busy"}')
+    assert in_time.endswith(b'{"predictions":[{"value":14.0}]}')
+    assert b'espalier_requests_total{route="/predict",status="499"} 1.0' in metrics
+    assert held.sizes == [1, 1]  # the one whose client had gone was not run
 
 
 def test_the_command_line_of_the_process_has_the_values_of_the_yaml(tmp_path: Path) -> None:

@@ -100,37 +100,55 @@ class App:
             if scope["method"] != method and (scope["method"], method) != ("HEAD", "GET"):
                 raise RequestError(405, f"{route} takes {method}")
             reply = await answer(scope, receive)
-        except RequestError as error:
-            reply = Reply(error.status, JSON, orjson.dumps({"error": error.message}))
         except ClientGoneError:
             self.metrics.count(route, GONE)
             return
-        except Exception:
-            log.exception("%s failed", route)
-            reply = Reply(500, JSON, b'{"error":"the server failed; its log says why"}')
+        except Exception as error:
+            reply = self.failure(route, error)
         self.metrics.count(route if answer else "other", reply.status)
-        headers = [(b"content-type", reply.kind.encode()), (b"content-length", b"%d" % len(reply.body)), NOT_SNIFFED]
-        if reply.status == 405:
-            headers.append((b"allow", method.encode()))
-        elif reply.status == 503:
-            headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
-        elif route in PAGE:
-            headers += PAGE_HEADERS
+        headers = [(b"content-length", b"%d" % len(reply.body)), *self.headers(route, reply.status, reply.kind, method)]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": reply.body})
 
+    @staticmethod
+    def headers(route: str, status: int, kind: str, method: str) -> list[tuple[bytes, bytes]]:
+        """Of an answer, beside its length; `kind` is the content type, `method` the one that the route takes."""
+        headers = [(b"content-type", kind.encode()), NOT_SNIFFED]
+        if status == 405:
+            headers.append((b"allow", method.encode()))
+        elif status == 503:
+            headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        elif route in PAGE:
+            headers += PAGE_HEADERS
+        return headers
+
+    def failure(self, route: str, error: Exception) -> Reply:
+        """What a client is told of an error; what is the server's own fault goes to its log."""
+        if isinstance(error, RequestError):
+            return Reply(error.status, JSON, orjson.dumps({"error": error.message}))
+        log.error("%s failed", route, exc_info=error)
+        return Reply(500, JSON, b'{"error":"the server failed; its log says why"}')
+
     async def predict(self, scope: Scope, receive: Receive) -> Reply:
         """Label and probabilities of each sample; of a regression its value."""
-        raw = await self._intake.samples(scope, receive)
+        raw = await self.intake.samples(scope, receive)
         began = time.perf_counter()
         rows = await patiently(self._outcome(raw), receive, self.settings.time_limit_s)
-        reply = Reply(200, JSON, orjson.dumps({"predictions": [self._described(row) for row in rows]}))
+        reply = Reply(200, JSON, self.predictions(rows))
         self.metrics.latency(time.perf_counter() - began)
         return reply
 
+    def predictions(self, rows: list[Row]) -> bytes:
+        """The body of the answer that says so.
+
+        Raises:
+            RequestError: the output is not finite.
+        """
+        return orjson.dumps({"predictions": [self._described(row) for row in rows]})
+
     async def explain(self, scope: Scope, receive: Receive) -> Reply:
         """The prediction of one sample, and how far its output falls where a part of the sample is covered."""
-        raw = await self._intake.samples(scope, receive)
+        raw = await self.intake.samples(scope, receive)
         if len(raw) != 1:
             raise RequestError(422, f"{len(raw)} samples in the request; /explain takes one")
         copies, masks = occlusion.covered(self.predictor.spec, raw[0])
@@ -152,7 +170,7 @@ class App:
     async def info(self, scope: Scope, receive: Receive) -> Reply:
         """What is served: shapes, classes, files with their sha256, parity, versions; no path of this machine."""
         content = self.predictor.bundle.content
-        limits = {"samples": self.settings.queue, "body_bytes": self._intake.max_bytes}
+        limits = {"samples": self.settings.queue, "body_bytes": self.intake.max_bytes}
         return Reply(200, JSON, orjson.dumps({key: content.get(key) for key in PUBLIC} | {"limits": limits}))
 
     async def metrics_text(self, scope: Scope, receive: Receive) -> Reply:
@@ -167,7 +185,7 @@ class App:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         self.predictor = Predictor(self.settings.bundle, self.settings.threads)
-        self._intake = Intake(self.predictor.spec, self.settings)
+        self.intake = Intake(self.predictor.spec, self.settings)
         self.metrics = Metrics(lambda: self.batcher.num_waiting)
         self.batcher = Batcher(self._rows, self.settings.max_batch, self.settings.queue, self.metrics.batch)
         folder = Path(__file__).parent / "page"
@@ -176,7 +194,7 @@ class App:
         print(self._ready, flush=True)
         await receive()
         self.batcher.stop()
-        self._intake.stop()
+        self.intake.stop()
         await send({"type": "lifespan.shutdown.complete"})
 
     def _outcome(self, raw: Array) -> "asyncio.Future[list[Row]]":

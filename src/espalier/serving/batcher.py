@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,19 @@ from espalier.serving.errors import RequestError
 Row = TypeVar("Row")
 Array = NDArray[np.float32]
 RETRY_AFTER_S = 1
+
+
+class Waiter(Protocol[Row]):
+    """Who gets the rows of a request; futures are some."""
+
+    def done(self) -> bool:
+        """Whether the rows are not wanted any more."""
+
+    def set_result(self, rows: list[Row], /) -> None:
+        """Take the rows."""
+
+    def set_exception(self, error: Exception, /) -> None:
+        """There are none."""
 
 
 class Batcher(Generic[Row]):
@@ -35,10 +48,10 @@ class Batcher(Generic[Row]):
         self.num_waiting = 0  # samples in the queue
         self._run = run
         self._observe = observe
-        self._waiting: deque[tuple[Array, asyncio.Future[list[Row]]]] = deque()
+        self._waiting: deque[tuple[Array, Waiter[Row]]] = deque()
         self._is_busy = False
         self._loop = asyncio.get_running_loop()
-        self._jobs: SimpleQueue[list[tuple[Array, asyncio.Future[list[Row]]]] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[list[tuple[Array, Waiter[Row]]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -48,15 +61,23 @@ class Batcher(Generic[Row]):
         Raises:
             RequestError: the queue is full.
         """
+        future: asyncio.Future[list[Row]] = self._loop.create_future()
+        self.enqueue(raw, future)
+        return future
+
+    def enqueue(self, raw: Array, waiter: Waiter[Row]) -> None:
+        """Have up to `max_batch` samples run, unless the waiter is done before; it gets the rows, or an error.
+
+        Raises:
+            RequestError: the queue is full.
+        """
         if self.num_waiting + len(raw) > self.queue:
             raise RequestError(503, f"overloaded: {self.num_waiting} samples wait of {self.queue} that may; try again")
-        future: asyncio.Future[list[Row]] = self._loop.create_future()
-        self._waiting.append((raw, future))
+        self._waiting.append((raw, waiter))
         self.num_waiting += len(raw)
         if not self._is_busy:
             self._is_busy = True
             self._loop.call_soon(self._dispatch)  # after the other requests that came at the same moment
-        return future
 
     async def rows(self, raw: Array) -> list[Row]:
         """The rows of any number of samples, batch after batch."""
@@ -73,10 +94,10 @@ class Batcher(Generic[Row]):
         batch = []
         size = 0
         while self._waiting and size + len(self._waiting[0][0]) <= self.max_batch:
-            raw, future = self._waiting.popleft()
+            raw, waiter = self._waiting.popleft()
             self.num_waiting -= len(raw)
-            if not future.done():
-                batch.append((raw, future))
+            if not waiter.done():
+                batch.append((raw, waiter))
                 size += len(raw)
         self._is_busy = bool(batch)
         if batch:
@@ -92,15 +113,15 @@ class Batcher(Generic[Row]):
                 outcome = error
             self._loop.call_soon_threadsafe(self._deliver, batch, outcome)
 
-    def _deliver(self, batch: list[tuple[Array, "asyncio.Future[list[Row]]"]], outcome: list[Row] | Exception) -> None:
+    def _deliver(self, batch: list[tuple[Array, Waiter[Row]]], outcome: list[Row] | Exception) -> None:
         self._dispatch()  # first of all: the thread works while the answers are written
         start = 0
-        for raw, future in batch:
+        for raw, waiter in batch:
             stop = start + len(raw)
-            if future.done():  # its client has gone, or would not wait
+            if waiter.done():  # its client has gone, or would not wait
                 pass
             elif isinstance(outcome, Exception):
-                future.set_exception(outcome)
+                waiter.set_exception(outcome)
             else:
-                future.set_result(outcome[start:stop])
+                waiter.set_result(outcome[start:stop])
             start = stop

@@ -31,6 +31,11 @@ async def patiently(outcome: "asyncio.Future[T]", receive: Receive, time_limit_s
             watch.task.cancel()
 
 
+def too_late(time_limit_s: float) -> RequestError:
+    """What a client is told whose answer did not come in time."""
+    return RequestError(504, f"no answer within {time_limit_s:g} s; the server is too busy")
+
+
 class _Watch:
     def __init__(self, outcome: "asyncio.Future[T]", receive: Receive, time_limit_s: float) -> None:
         self.outcome, self.receive, self.time_limit_s = outcome, receive, time_limit_s
@@ -47,5 +52,5 @@ class _Watch:
                     pass
             self.reason = ClientGoneError()
         except TimeoutError:
-            self.reason = RequestError(504, f"no answer within {self.time_limit_s:g} s; the server is too busy")
+            self.reason = too_late(self.time_limit_s)
         self.outcome.cancel()
