@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from conftest import QUICK, Command, command
+from espalier.errors import ConfigError
+from espalier.export import onnx
 
 FAST = ("task.rounds=2", "task.batches=[1,4]", "logger=[]")
 
@@ -148,3 +150,22 @@ def test_what_a_precision_does_not_fit_is_left_out_and_said(espalier: Command, s
     measured = report(done.run)
     assert [row["name"] for row in measured["rows"]] == ["bf16, eager"]
     assert "not run: ptq, eager in bf16: its numbers are integers" in measured["notes"]
+
+
+def test_a_network_that_a_format_cannot_hold_is_left_out_and_said(
+    espalier: Command, sources: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    def write(*_: Any) -> None:
+        raise ConfigError("task.format=onnx: no operator for this layer")
+
+    monkeypatch.setattr(onnx, "write", write)
+    words = (f"source={sources[0]}", "task.memory=false", "task.score=false", *FAST)
+    done = espalier("benchmark", "task.runtimes=[onnx,eager]", *words)
+    assert done.code == 0, done.err
+    assert "not run: fp32, onnx: no operator for this layer" in report(done.run)["notes"]
+    assert [row["runtime"] for row in report(done.run)["rows"]] == ["eager"]
+    alone = espalier("benchmark", "task.runtimes=[onnx]", *words)
+    assert (alone.code, alone.err.splitlines()[-1]) == (
+        2,
+        "espalier: not run: fp32, onnx: no operator for this layer",
+    )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compression.base import Entry, is_quantized
+from espalier.errors import ConfigError
 from espalier.export import deployed, formats
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable, Predict
@@ -66,8 +67,9 @@ def plan(
     """What can be run, and a line for each thing that was asked for and cannot."""
     choices: list[Choice] = []
     notes: list[str] = []
-    for network, runtime, form in product(networks, dict.fromkeys(runtimes), dict.fromkeys(precision)):
-        what = f"{network.name}, {runtime}" + ("" if form == "fp32" else f" in {form}")
+    for choice in product(networks, dict.fromkeys(runtimes), dict.fromkeys(precision)):
+        network, runtime, form = choice
+        what = _title(choice)
         if network.bundle and runtime not in network.bundle.formats:
             notes.append(f"not run: {what}: the bundle holds {', '.join(network.bundle.formats)}")
         elif network.bundle and form != "fp32":
@@ -77,7 +79,7 @@ def plan(
         elif runtime not in IN_TORCH and form not in formats.module(runtime).PRECISIONS:
             notes.append(f"not run: {what}: the runtime lacks layers in it on a CPU")
         else:
-            choices.append((network, runtime, form))
+            choices.append(choice)
             left = network.deployable.conversion if network.deployable else None
             if left and left.kind not in _conversions(runtime):
                 notes.append(f"{what} computes in float: it has no operators for {left.kind}")
@@ -86,6 +88,31 @@ def plan(
 
 def _conversions(runtime: Runtime) -> Collection[str]:
     return () if runtime in IN_TORCH else formats.module(runtime).CONVERSIONS
+
+
+def _title(choice: Choice) -> str:
+    network, runtime, form = choice
+    return f"{network.name}, {runtime}" + ("" if form == "fp32" else f" in {form}")
+
+
+def build(
+    choices: Sequence[Choice], device: torch.device, folder: Path, batch_size: Count, threads: Count
+) -> tuple[list[Candidate], list[str]]:
+    """All that can be called, and a line for each whose network cannot be written in its format.
+
+    Raises:
+        ConfigError: none can.
+    """
+    ready: list[Candidate] = []
+    notes: list[str] = []
+    for choice in choices:
+        try:
+            ready.append(candidate(choice, device, folder, batch_size, threads))
+        except ConfigError as error:
+            notes.append(f"not run: {_title(choice)}: {str(error).partition(': ')[2]}")
+    if not ready:
+        raise ConfigError(*notes)
+    return ready, notes
 
 
 def candidate(choice: Choice, device: torch.device, folder: Path, batch_size: Count, threads: Count) -> Candidate:

@@ -56,7 +56,8 @@ def benchmark(
     with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True):
         for count in dict.fromkeys(threads):
             torch.set_num_threads(count)
-            ready = [candidates.candidate(choice, device, files, max(batches), count) for choice in plan]
+            ready, failed = candidates.build(plan, device, files, max(batches), count)
+            notes += failed
             run.say(f"{len(ready)} candidates take turns on {count} thread{'s' if count > 1 else ''}")
             notes += measure(run, ready, batches, rounds, score=score)
             if memory:
