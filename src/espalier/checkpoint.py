@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from espalier import runs
 from espalier.compression.base import Entry
-from espalier.errors import ConfigError
+from espalier.errors import ConfigError, EspalierError
 from espalier.spec import DataSpec
 
 VERSION = 1
@@ -96,6 +96,14 @@ class CheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
+        except (OSError, RuntimeError) as error:  # torch's own, where a write of its archive fails
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise EspalierError(
+                f"{target}: not written, {reason.strerror}; what was there before is whole. "
+                f"Make room, then go on with: espalier train resume={target.parent.parent}"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 

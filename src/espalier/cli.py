@@ -31,7 +31,7 @@ TRIALS_FAILED = 3
 
 
 def main() -> None:
-    """The console command; ends the process with an exit code of DESIGN: 0 done, 2 bad input, 3 failed trials."""
+    """The console command; its exit code is 0 done, 1 failed, 2 bad input, 3 failed trials or 4 diverged."""
     _choose_wait_policy()
     wants_traceback = "--traceback" in sys.argv
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--traceback"]
@@ -204,7 +204,7 @@ def _job(cfg: "DictConfig") -> float | None:
         error = reason
         if is_trial:
             print(f"espalier: trial {folder.name}: {reason}", file=sys.stderr)
-        else:
+        elif isinstance(reason, ConfigError):
             _discard_if_empty(folder)
     except Exception as reason:
         error = reason

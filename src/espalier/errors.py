@@ -19,6 +19,12 @@ class ConfigError(EspalierError):
         super().__init__("\n".join(problems))
 
 
+class DivergedError(EspalierError):
+    """A training whose loss or gradient is not finite; the weights still are."""
+
+    exit_code = 4
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional package.
 

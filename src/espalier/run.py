@@ -1,5 +1,6 @@
 """The composition root: the one place where configuration becomes objects, each built when it is first asked for."""
 
+import errno
 import inspect
 import json
 import logging
@@ -36,7 +37,7 @@ from espalier.compression.base import (
 )
 from espalier.compression.masks import KeepMasks
 from espalier.data.module import DataModule
-from espalier.errors import ConfigError
+from espalier.errors import ConfigError, EspalierError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable
@@ -60,6 +61,8 @@ COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a tra
 EVALUATED = (COMPRESSED, "best.ckpt", "last.ckpt")  # what `source=FOLDER` means, in this order
 RESUMED = ("last.ckpt",)
 TAKES_RECIPE = ("train", "compress")
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
 
 @dataclass(frozen=True)
@@ -229,10 +232,26 @@ class Run:
         return OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[return-value]
 
     def perform(self) -> float | None:
-        """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint."""
+        """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint.
+
+        Raises:
+            EspalierError: memory or disk did not suffice, or the training diverged.
+        """
         try:
             instantiate(self.cfg.task, _partial_=True)(self)
             return self.best_score
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
+                raise
+            raise EspalierError(
+                f"out of memory: {str(error).splitlines()[0]}; try a data.batch_size below {self.cfg.data.batch_size} "
+                "with as much more trainer.accumulate_grad_batches, or trainer.precision=bf16-mixed"
+            ) from error
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            where = error.filename or self.folder
+            raise EspalierError(f"{where}: not written, {error.strerror}; make room") from error
         finally:
             for logger in self.__dict__.get("loggers", []):  # those that were built
                 logger.close()

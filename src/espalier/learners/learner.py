@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
+from espalier.learners.guard import Guard, gradient_norm
 from espalier.optim.build import build_optimizer, build_scheduler
 from espalier.seeding import seed_step
 from espalier.spec import DataSpec
@@ -56,6 +57,7 @@ class Learner(L.LightningModule):
         self.register_buffer("train_sums", torch.zeros(len(self.train_statistics) + 1), persistent=False)
         self.example_input_array = torch.zeros(2, *spec.shape)
         self.last_loss: Tensor | None = None
+        self.guard = Guard()
         self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -110,13 +112,15 @@ class Learner(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_train_start(self) -> None:
+        self.guard.is_alone, self.guard.lags = self.trainer.world_size == 1, self.device.type != "cpu"
+        self._scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.on_train_epoch_start()  # Lightning skips that hook where a run resumes in mid-epoch
 
     def on_train_epoch_start(self) -> None:
         self._epoch, self._rank = self.current_epoch, self.global_rank
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x, y, _ = batch
+        x, y, self.guard.index = batch
         seed_step(self.seed, self._epoch, batch_idx, self._rank)
         output = self.forward(x)
         loss = self.objective(x, output, y)
@@ -129,6 +133,16 @@ class Learner(L.LightningModule):
         """What training minimises, scalar; a distillation puts a teacher beside the loss."""
         return self.loss(output, y)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise `DivergedError` if this step, or on an accelerator the one before, is not finite."""
+        assert self.last_loss is not None
+        loss = self.last_loss.float()
+        if self._scales:
+            loss = norm = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        else:
+            norm = gradient_norm(optimizer)
+        self.guard.look(loss, norm, optimizer.param_groups[0]["lr"])
+
     def on_train_epoch_end(self) -> None:
         *sums, samples = self._total_train_sums().unbind()
         self.log_dict(
@@ -140,9 +154,13 @@ class Learner(L.LightningModule):
         return self.trainer.strategy.reduce(self.train_sums.clone(), reduce_op="sum")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.guard.settle()
+        checkpoint["guard"] = self.guard.state_dict()
         checkpoint["train_sums"] = self._total_train_sums()  # of the running epoch, so a resumed one reports whole
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "guard" in checkpoint:
+            self.guard.load_state_dict(checkpoint["guard"])
         if "train_sums" in checkpoint and self.global_rank == 0:
             self.train_sums.copy_(checkpoint["train_sums"])
 
