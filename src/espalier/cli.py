@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from espalier import catalog, guide
-from espalier.errors import ConfigError, EspalierError
+from espalier.errors import ConfigError, EspalierError, StoppedError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,7 +31,7 @@ TRIALS_FAILED = 3
 
 
 def main() -> None:
-    """The console command; its exit code is 0 done, 1 failed, 2 bad input, 3 failed trials or 4 diverged."""
+    """The console command; its exit code is 0 done, 1 failed, 2 bad input, 3 failed trials, 4 diverged, 75 stopped."""
     _choose_wait_policy()
     wants_traceback = "--traceback" in sys.argv
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--traceback"]
@@ -210,6 +210,8 @@ def _job(cfg: "DictConfig") -> float | None:
         error = reason
         if is_trial:
             traceback.print_exc()
+    if is_trial and isinstance(error, StoppedError):
+        sys.exit(error.exit_code)  # an exception would only end this trial
     if error and "basic_launcher" not in str(job.launcher.get("_target_")):
         raise error
     _ended.append(Ended(folder, words, error))

@@ -25,6 +25,12 @@ class DivergedError(EspalierError):
     exit_code = 4
 
 
+class StoppedError(EspalierError):
+    """A training that was asked to stop, and has saved what it had; `EX_TEMPFAIL` of sysexits.h: try again later."""
+
+    exit_code = 75
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional package.
 

@@ -1,5 +1,6 @@
 """Checkpoints describe themselves, reach the disk whole, and give their weights only to networks that they fit."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from espalier import checkpoint
 from espalier.checkpoint import Checkpoint, CheckpointIO
-from espalier.errors import ConfigError
+from espalier.errors import ConfigError, EspalierError
 from espalier.spec import DataSpec
 
 SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("no", "yes"), (3, 5))
@@ -46,10 +47,10 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch
     save(tmp_path / "a.ckpt", epoch=1)
 
     def full(file: int) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(EspalierError, match=r"a\.ckpt: not written, No space left on device; what was there"):
         save(tmp_path / "a.ckpt", epoch=2)
     assert checkpoint.load("source", tmp_path / "a.ckpt").content["epoch"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]

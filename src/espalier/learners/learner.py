@@ -6,16 +6,19 @@ Letters: B batch, K classes.
 import math
 from abc import abstractmethod
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from espalier.data.loaders import Batch
-from espalier.errors import ConfigError
+from espalier.errors import ConfigError, StoppedError
 from espalier.learners.guard import Guard, gradient_norm
+from espalier.learners.interrupt import Interrupt
 from espalier.optim.build import build_optimizer, build_scheduler
 from espalier.seeding import seed_step
 from espalier.spec import DataSpec
@@ -58,6 +61,7 @@ class Learner(L.LightningModule):
         self.example_input_array = torch.zeros(2, *spec.shape)
         self.last_loss: Tensor | None = None
         self.guard = Guard()
+        self.interrupt = Interrupt()
         self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -113,6 +117,7 @@ class Learner(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.guard.is_alone, self.guard.lags = self.trainer.world_size == 1, self.device.type != "cpu"
+        self.interrupt.listen()
         self._scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.on_train_epoch_start()  # Lightning skips that hook where a run resumes in mid-epoch
 
@@ -142,6 +147,23 @@ class Learner(L.LightningModule):
         else:
             norm = gradient_norm(optimizer)
         self.guard.look(loss, norm, optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Raise `StoppedError` if a signal has come to any process, once a resumed run can go on from here."""
+        if self.guard.is_alone and not self.interrupt.number:
+            return
+        trainer = self.trainer
+        is_between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
+        if is_between_steps and trainer.strategy.reduce_boolean_decision(bool(self.interrupt.number), all=False):
+            self._stop()
+
+    def _stop(self) -> None:
+        saved = "nothing is saved, as callbacks has no checkpoint"
+        if isinstance(self.trainer.checkpoint_callback, ModelCheckpoint):
+            last = self.trainer.strategy.broadcast(Path(str(self.trainer.checkpoint_callback.dirpath)) / "last.ckpt")
+            self.trainer.save_checkpoint(last)
+            saved = f"go on with: espalier train resume={last.parent.parent}"
+        raise StoppedError(f"stopped by {self.interrupt.name} after step {self.trainer.global_step}; {saved}")
 
     def on_train_epoch_end(self) -> None:
         *sums, samples = self._total_train_sums().unbind()

@@ -1,0 +1,107 @@
+"""A signal ends a training after its step: saved, exit code 75, and resumed bit for bit as if nothing had happened."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import command
+from test_resume import assert_same
+
+WORDS = (
+    *("model=mlp", "model.hidden=[16]", "model.dropout=0.2", "data/augment=[crop]", "logger=[csv]"),
+    *("callbacks=[checkpoint,monitor,ema]", "trainer.max_epochs=3", "trainer.accumulate_grad_batches=2"),
+)
+SIGNALLED = """
+import os, signal, sys
+from espalier import cli
+from espalier.learners.learner import Learner
+numbers, *moment = os.environ["SIGNALLED"].split(",")
+whole = Learner.training_step
+def training_step(self, data, batch_idx):
+    if [self.current_epoch, batch_idx, self.global_rank] == [int(number) for number in moment]:
+        for number in numbers.split("+"):
+            os.kill(os.getpid(), getattr(signal, number))
+    return whole(self, data, batch_idx)
+Learner.training_step = training_step
+cli.main()
+"""
+
+
+def launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python WORDS` in the folder."""
+    own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *words], cwd=folder, env=own, capture_output=True, text=True, timeout=120)
+
+
+def signalled(
+    folder: Path, numbers: str, epoch: int, batch: int, *words: str, rank: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """A training, one of whose processes gets the signals in the middle of a batch."""
+    (folder / "signalled.py").write_text(SIGNALLED)
+    return launch(folder, "signalled.py", "train", *words, SIGNALLED=f"{numbers},{epoch},{batch},{rank}")
+
+
+def resume(folder: Path) -> None:
+    done = launch(folder, "-m", "espalier.cli", "train", "resume=run")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert command(["train", *WORDS, "hydra.run.dir=run"], folder).code == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("number", "epoch", "batch", "step"),
+    [
+        ("SIGTERM", 0, 0, 1),  # the first batch; its step needs the second
+        ("SIGUSR1", 1, 7, 13),  # 9 steps an epoch, the last of a single batch
+        ("SIGINT", 1, 16, 19),  # the last batch of an epoch: left after the first step of the next
+    ],
+)
+def test_a_signal_stops_it_after_the_step_and_resume_is_bit_equal(
+    tmp_path: Path, unbroken: Path, number: str, epoch: int, batch: int, step: int
+):
+    done = signalled(tmp_path, number, epoch, batch, *WORDS, "hydra.run.dir=run")
+    assert done.returncode == 75
+    told = f"espalier: stopped by {number} after step {step}; go on with: espalier train resume={tmp_path}/run"
+    assert done.stderr.splitlines()[-1] == told
+    resume(tmp_path)
+    assert_same(tmp_path / "run", unbroken)
+
+
+def test_a_signal_to_one_rank_stops_all_of_them(tmp_path: Path):
+    done = signalled(tmp_path, "SIGUSR1", 1, 3, *WORDS, "strategy=ddp_cpu", "hydra.run.dir=run", rank=1)
+    assert done.returncode == 75
+    assert done.stderr.count("espalier: stopped by a signal to another process after step 6") == 1
+    resume(tmp_path)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path):
+    done = signalled(tmp_path, "SIGINT+SIGINT", 1, 3, *WORDS, "hydra.run.dir=run")
+    assert done.returncode not in (0, 75)
+    assert "press Ctrl-C again to end at once" in done.stderr
+    content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["epoch"] == 0
+
+
+def test_a_run_without_checkpoints_says_that_nothing_is_saved(tmp_path: Path):
+    words = [word.replace("checkpoint,", "") for word in WORDS]
+    done = signalled(tmp_path, "SIGTERM", 0, 3, *words, "hydra.run.dir=run")
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-1].endswith("nothing is saved, as callbacks has no checkpoint")
+
+
+def test_a_sweep_that_is_stopped_starts_no_further_trial(tmp_path: Path):
+    done = signalled(tmp_path, "SIGTERM", 0, 3, "-m", "seed=0,1", *WORDS)
+    assert done.returncode == 75
+    assert len(list(tmp_path.glob("logs/sweep/*/*/config.yaml"))) == 1
