@@ -1,5 +1,7 @@
 """Runs the command line inside the test process, in a folder of its own."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,6 +57,20 @@ def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str
         GlobalHydra.instance().clear()
     out, err = capfd.readouterr() if capfd else ("", "")
     return Outcome(code, out, err, folder)
+
+
+def launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m WORDS` in the folder, with the modules of the tests at hand."""
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment}
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=folder, env=own, capture_output=True, text=True, timeout=120
+    )
+
+
+def run_in(folder: Path) -> Path:
+    """The only run folder."""
+    [run] = folder.glob("logs/*/*")
+    return run
 
 
 @pytest.fixture(autouse=True)

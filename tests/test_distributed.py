@@ -2,39 +2,19 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import QUICK, Command, command
+from conftest import QUICK, Command, command, launch, run_in
 
 MLP = ("model=mlp", "model.hidden=[32]", "data.batch_size=32", "trainer.max_epochs=2", *QUICK)
 ALONE = tuple(word.replace("batch_size=32", "batch_size=64") for word in MLP)  # the same global batches
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
-
-
-def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def run_in(folder: Path) -> Path:
-    """The only run folder."""
-    [run] = folder.glob("logs/*/*")
-    return run
 
 
 def metrics(run: Path) -> dict[str, float]:

@@ -1,16 +1,13 @@
 """A training that diverges ends at that step, with exit code 4 and weights that are still finite."""
 
 import errno
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import Command
+from conftest import Command, launch, run_in
 from espalier.learners.guard import Guard
 from espalier.learners.learner import Learner
 from espalier.measure import report
@@ -44,11 +41,6 @@ def harm_at(patch: pytest.MonkeyPatch, step: int, harm: str) -> None:
         return Overflow.apply(loss) if harm == "gradient" else loss * float(harm)
 
     patch.setattr(Learner, "objective", objective)
-
-
-def run_in(folder: Path) -> Path:
-    [run] = folder.glob("logs/train/*")
-    return run
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -175,8 +167,9 @@ cli.main()
 @pytest.mark.parametrize("size", [0, 1_000, 20_000])
 def test_a_full_disk_leaves_the_checkpoint_before_and_one_line(tmp_path: Path, size: int):
     """The limit on the size of a file stands for the end of a disk; it is met in the second epoch."""
-    words = [sys.executable, "-c", FULL.format(size=size), "train", *MLP, "trainer.max_epochs=3", "hydra.run.dir=run"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (tmp_path / "full.py").write_text(FULL.format(size=size))
+    words = ["full", "train", *MLP, "trainer.max_epochs=3", "hydra.run.dir=run"]
+    done = launch(tmp_path, *words)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"espalier: {tmp_path}/run/checkpoints/")
@@ -212,14 +205,11 @@ cli.main()
 @pytest.mark.parametrize("strategy", ["ddp_cpu", "fsdp"])
 def test_all_ranks_end_at_the_step_where_one_of_them_diverges(tmp_path: Path, strategy: str):
     (tmp_path / "on_one_rank.py").write_text(ON_ONE_RANK)
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "on_one_rank.py", "train", *MLP]
+    words = ["torch.distributed.run", "--nproc-per-node", "2", "on_one_rank.py", "train", *MLP]
     words += [f"strategy={strategy}", "trainer.max_epochs=1"]
     if strategy == "fsdp":
         words += ["trainer.accelerator=cpu", "trainer.devices=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = launch(tmp_path, *words)
     assert done.returncode != 0  # torchrun's own
     assert done.stderr.count("espalier: diverged at step 5: ") == 1  # by the first rank, whose loss is finite
     assert done.stderr.count("exitcode  : 4 ") + done.stderr.count("(exitcode: 4)") >= 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Command, command
+from conftest import Command, command, run_in
 from espalier.callbacks.monitor import Monitor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The number of training batches")
@@ -52,11 +52,6 @@ def crashing(folder: Path, epoch: int, batch: int, *words: str) -> None:
         crash_at(patch, epoch, batch)
         with pytest.raises(CrashError):
             command(["train", *words], folder)
-
-
-def run_in(folder: Path) -> Path:
-    [run] = folder.glob("logs/train/*")
-    return run
 
 
 def tensors(node: object, where: str = "") -> dict[str, Tensor]:

@@ -1,14 +1,12 @@
 """A signal ends a training after its step: saved, exit code 75, and resumed bit for bit as if nothing had happened."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import command
+from conftest import command, launch
 from test_resume import assert_same
 
 WORDS = (
@@ -31,22 +29,16 @@ cli.main()
 """
 
 
-def launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python WORDS` in the folder."""
-    own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=own, capture_output=True, text=True, timeout=120)
-
-
 def signalled(
     folder: Path, numbers: str, epoch: int, batch: int, *words: str, rank: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """A training, one of whose processes gets the signals in the middle of a batch."""
     (folder / "signalled.py").write_text(SIGNALLED)
-    return launch(folder, "signalled.py", "train", *words, SIGNALLED=f"{numbers},{epoch},{batch},{rank}")
+    return launch(folder, "signalled", "train", *words, SIGNALLED=f"{numbers},{epoch},{batch},{rank}")
 
 
 def resume(folder: Path) -> None:
-    done = launch(folder, "-m", "espalier.cli", "train", "resume=run")
+    done = launch(folder, "espalier.cli", "train", "resume=run")
     assert done.returncode == 0, done.stderr
 
 

@@ -20,7 +20,7 @@ class ConfigError(EspalierError):
 
 
 class DivergedError(EspalierError):
-    """A training whose loss or gradient is not finite; the weights still are."""
+    """A training whose loss or gradient is not finite; the weights in its checkpoints are."""
 
     exit_code = 4
 

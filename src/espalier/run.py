@@ -265,7 +265,7 @@ class Run:
         weights = None
         if self.task == "train" or len(late) < len(self.compressions):
             self.trainer.fit(self.learner, self.data, ckpt_path=self.resumed.path if self.resumed else None)
-            weights = self.best_checkpoint or self.save_last()
+            weights = self.best_checkpoint or self.learner.save_last()  # ended before its first validation
         if not late and (weights or self.task == "train"):
             return weights
         if weights:
@@ -289,14 +289,6 @@ class Run:
         """The checkpoint that this run's training found best; None where it saved nothing."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         return Path(best) if best else None
-
-    def save_last(self) -> Path | None:
-        """Save the weights of a training that ended before its first validation; None where nothing is to be saved."""
-        if self.trainer.checkpoint_callback is None:
-            return None
-        last: Path = self.trainer.strategy.broadcast(self.folder / "checkpoints" / RESUMED[0])  # the first rank's
-        self.trainer.save_checkpoint(last)
-        return last
 
     @property
     def best_score(self) -> float | None:

@@ -18,7 +18,7 @@ from espalier.errors import DivergedError
 NUM_FIRST = 10  # steps whose mean loss is where the training started
 SMOOTHING = 0.9  # of the recent loss
 MAX_SHOWN = 8  # samples named in the message
-KEPT = ("step", "num_seen", "start", "recent", "has_warned")  # in a checkpoint
+KEPT = ("start", "recent", "has_warned")  # in a checkpoint
 
 Looked = tuple[int, Tensor, float, Tensor]  # step, loss and norm (2,), learning rate, samples
 
@@ -37,13 +37,12 @@ class Guard:
     """
 
     def __init__(self) -> None:
-        self.num_seen = 0  # of the first steps
-        self.start = 0.0  # their mean loss
+        self.start = 0.0  # mean loss of the first steps
         self.recent = 0.0  # moving average of the loss
         self.has_warned = False
         self.is_alone = True  # no other process trains the same network: one that ends alone leaves others waiting
         self.lags = False
-        self.step = 0  # optimizer steps that were looked at, those before a resume included
+        self.step = 0  # optimizer steps so far, those before a resume included
         self.index = torch.empty(0)  # of the samples in the last batch, (B,)
         self._pending: Looked | None = None
 
@@ -95,9 +94,8 @@ class Guard:
 
     def _watch(self, step: int, loss: float) -> None:
         """Warn once if training has lost what it had reached."""
-        if self.num_seen < NUM_FIRST:
-            self.num_seen += 1
-            self.start += (loss - self.start) / self.num_seen
+        if step <= NUM_FIRST:
+            self.start += (loss - self.start) / step
             self.recent = self.start
         elif loss > self.start > 2 * self.recent:
             self.has_warned = True

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -24,6 +23,7 @@ from espalier.seeding import seed_step
 from espalier.spec import DataSpec
 
 Split = Literal["val", "test"]
+NOTHING_SAVED = "nothing is saved, as callbacks has no checkpoint"
 
 
 class Learner(L.LightningModule):
@@ -117,6 +117,7 @@ class Learner(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.guard.is_alone, self.guard.lags = self.trainer.world_size == 1, self.device.type != "cpu"
+        self.guard.step = self.global_step
         self.interrupt.listen()
         self._scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.on_train_epoch_start()  # Lightning skips that hook where a run resumes in mid-epoch
@@ -158,12 +159,17 @@ class Learner(L.LightningModule):
             self._stop()
 
     def _stop(self) -> None:
-        saved = "nothing is saved, as callbacks has no checkpoint"
-        if isinstance(self.trainer.checkpoint_callback, ModelCheckpoint):
-            last = self.trainer.strategy.broadcast(Path(str(self.trainer.checkpoint_callback.dirpath)) / "last.ckpt")
-            self.trainer.save_checkpoint(last)
-            saved = f"go on with: espalier train resume={last.parent.parent}"
+        last = self.save_last()
+        saved = f"go on with: espalier train resume={last.parent.parent}" if last else NOTHING_SAVED
         raise StoppedError(f"stopped by {self.interrupt.name} after step {self.trainer.global_step}; {saved}")
+
+    def save_last(self) -> Path | None:
+        """Save what a run resumes from; its file in the folder of the first rank, None where no callback keeps any."""
+        if self.trainer.checkpoint_callback is None:
+            return None
+        last: Path = self.trainer.strategy.broadcast(Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        self.trainer.save_checkpoint(last)
+        return last
 
     def on_train_epoch_end(self) -> None:
         *sums, samples = self._total_train_sums().unbind()
