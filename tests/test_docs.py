@@ -147,7 +147,7 @@ def test_a_documented_command_passes_the_check(text: str):
         stored = OmegaConf.to_container(composed("task=train"), resolve=True)
         if cfg.source:
             cfg = runs.from_source(cfg, stored, trial, may_change=MAY_CHANGE.get(task, ()))
-        if cfg.resume:
+        if cfg.resume not in (None, "auto"):
             cfg = runs.from_resumed(cfg, stored, trial)
         targets.check(cfg)
         check_recipe([*cfg.compression], [])

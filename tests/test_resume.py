@@ -14,20 +14,18 @@ from torch import Tensor
 
 from conftest import Command, command, run_in
 from espalier.callbacks.monitor import Monitor
+from espalier.checkpoint import CheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The number of training batches")
 
 NUM_EPOCHS = 4
 NUM_BATCHES = 17  # per epoch: 1,151 training samples in batches of 64
 CLOCKS = {"samples_per_second", "data_wait_share"}
-OFTEN = "+callbacks.often"
 EVERYTHING = (  # that has a state or draws random numbers
     *("model=mlp", "model.hidden=[16]", "model.dropout=0.2", "data/augment=[crop,rotation,mixup]"),
     *("callbacks=[checkpoint,monitor,ema]", "callbacks.ema.decay=0.9", "logger=[csv]"),
     *(f"trainer.max_epochs={NUM_EPOCHS}", "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=3"),
-    f"{OFTEN}._target_=lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    *(f"{OFTEN}.every_n_train_steps=2", f"{OFTEN}.save_top_k=0", f"{OFTEN}.save_last=true"),
-    f"{OFTEN}.enable_version_counter=false",
+    "callbacks.checkpoint.every_n_steps=1",
 )
 
 
@@ -116,6 +114,64 @@ def test_resume_after_a_crash_is_bit_equal(espalier: Command, tmp_path: Path, un
     assert_same(run, unbroken)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("scheduler=plateau", "scheduler.patience=0", "scheduler.threshold=0.5"),
+        ("trainer.precision=bf16-mixed",),
+        ("data=diabetes", "data.batch_size=32"),
+        ("optimizer=muon", "scheduler=one_cycle", "+trainer.val_check_interval=0.5"),
+        tuple(
+            f"callbacks.checkpoint.{word}"
+            for word in ("asynchronous=true", "every_n_steps=null", "every_n_minutes=1e-9")
+        ),
+    ],
+    ids=["plateau", "bfloat16", "regression", "validation within the epoch", "saves in the background"],
+)
+@pytest.mark.parametrize(("epoch", "batch"), [(1, 5), (2, 0)])
+def test_resume_is_bit_equal_with(espalier: Command, tmp_path: Path, words: tuple[str, ...], epoch: int, batch: int):
+    settings = [word for word in EVERYTHING if words[0] != "data=diabetes" or not word.startswith("data/augment")]
+    assert espalier("train", *settings, *words, "hydra.run.dir=unbroken").code == 0
+    crashing(tmp_path, epoch, batch, *settings, *words, "hydra.run.dir=broken")
+    done = espalier("train", "resume=broken")
+    assert done.code == 0, done.err
+    assert_same(tmp_path / "broken", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("num_saves", [12, 19, 20])  # within an epoch; the best and the last one of its end
+def test_a_crash_right_after_a_checkpoint_loses_no_row(
+    espalier: Command, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, num_saves: int
+):
+    whole, done = CheckpointIO.save_checkpoint, []
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        whole(self, checkpoint, path, storage_options)
+        done.append(path)
+        if len(done) == num_saves:
+            raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointIO, "save_checkpoint", save_checkpoint)
+        with pytest.raises(CrashError):
+            command(["train", *EVERYTHING], tmp_path)
+    run = run_in(tmp_path)
+    assert espalier("train", f"resume={run}").code == 0
+    assert_same(run, unbroken)
+
+
+def test_a_damaged_checkpoint_costs_one_interval_and_one_warning(espalier: Command, tmp_path: Path, unbroken: Path):
+    crashing(tmp_path, 2, 5, *EVERYTHING)
+    run = run_in(tmp_path)
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100] + bytes(100))
+    done = espalier("train", f"resume={run}")
+    assert done.code == 0, done.err
+    warnings = [line for line in (done.out + done.err).splitlines() if "last.ckpt: damaged" in line]
+    assert len(warnings) == 1
+    assert "its sha256 is not the one in SHA256SUMS; going on from previous.ckpt" in warnings[0]
+    assert_same(run, unbroken)
+
+
 def test_a_run_that_crashes_again_and_again_ends_the_same(espalier: Command, tmp_path: Path, unbroken: Path):
     crashing(tmp_path, 1, 5, *EVERYTHING)
     run = run_in(tmp_path)
@@ -129,12 +185,12 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys
 from espalier import cli
 
-whole, num_saves = os.fsync, 0
+whole, num_syncs = os.fsync, 0
 
-def fsync(file):  # a checkpoint is complete, but still under its temporary name
-    global num_saves
-    num_saves += 1
-    if num_saves == 10:
+def fsync(file):  # of a checkpoint under its temporary name, of the list of hashes, of the folder with both
+    global num_syncs
+    num_syncs += 1
+    if num_syncs == int(os.environ["KILLED_AT"]):
         os.kill(os.getpid(), signal.SIGKILL)
     whole(file)
 
@@ -143,21 +199,27 @@ cli.main()
 """
 
 
+@pytest.mark.parametrize("sync", [31, 32, 33])
 def test_resume_after_kill_9_while_a_checkpoint_is_written_is_bit_equal(
-    espalier: Command, tmp_path: Path, unbroken: Path
+    espalier: Command, tmp_path: Path, unbroken: Path, sync: int
 ):
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_WHILE_SAVING, "train", *EVERYTHING],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "KILLED_AT": str(sync)},
         capture_output=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = run_in(tmp_path)
-    assert list((run / "checkpoints").glob(".*.partial"))
+    assert len(list((run / "checkpoints").glob(".*.partial"))) == {31: 1, 32: 2, 33: 0}[sync]
     assert espalier("train", f"resume={run}").code == 0
     assert_same(run, unbroken)
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "best.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+        "SHA256SUMS",
+    }
 
 
 def test_a_finished_run_can_be_trained_longer_in_its_own_folder(espalier: Command, tmp_path: Path):
@@ -172,10 +234,10 @@ def test_a_finished_run_can_be_trained_longer_in_its_own_folder(espalier: Comman
 
 
 def test_a_run_that_crashed_before_its_first_checkpoint_says_so(espalier: Command, tmp_path: Path):
-    crashing(tmp_path, 0, 12, *EVERYTHING)
+    crashing(tmp_path, 0, 0, *EVERYTHING)
     done = espalier("train", f"resume={run_in(tmp_path)}")
     assert done.code == 2
-    assert "holds no checkpoint (checkpoints/last.ckpt)" in done.err.splitlines()[-1]
+    assert "holds no checkpoint (checkpoints/last.ckpt or checkpoints/previous.ckpt)" in done.err.splitlines()[-1]
 
 
 def test_the_last_checkpoint_is_that_of_the_last_epoch_also_if_none_of_them_got_better(
@@ -184,5 +246,5 @@ def test_the_last_checkpoint_is_that_of_the_last_epoch_also_if_none_of_them_got_
     words = ("model=mlp", "model.hidden=[16]", "optimizer.lr=1e-12", "trainer.max_epochs=3")
     assert espalier("train", *words, "callbacks=[checkpoint]", "logger=[csv]").code == 0
     checkpoints = run_in(tmp_path) / "checkpoints"
-    steps = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in checkpoints.iterdir()}
-    assert steps == {"best": NUM_BATCHES, "last": 3 * NUM_BATCHES}
+    steps = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in checkpoints.glob("*.ckpt")}
+    assert steps == {"best": NUM_BATCHES, "previous": 2 * NUM_BATCHES, "last": 3 * NUM_BATCHES}

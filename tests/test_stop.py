@@ -1,5 +1,6 @@
 """A signal ends a training after its step: saved, exit code 75, and resumed bit for bit as if nothing had happened."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,24 +18,31 @@ SIGNALLED = """
 import os, signal, sys
 from espalier import cli
 from espalier.learners.learner import Learner
-numbers, *moment = os.environ["SIGNALLED"].split(",")
-whole = Learner.training_step
-def training_step(self, data, batch_idx):
+numbers, part, *moment = os.environ["SIGNALLED"].split(",")
+whole = getattr(Learner, part)
+def step(self, data, batch_idx):
     if [self.current_epoch, batch_idx, self.global_rank] == [int(number) for number in moment]:
         for number in numbers.split("+"):
             os.kill(os.getpid(), getattr(signal, number))
     return whole(self, data, batch_idx)
-Learner.training_step = training_step
+setattr(Learner, part, step)
 cli.main()
 """
 
 
 def signalled(
-    folder: Path, numbers: str, epoch: int, batch: int, *words: str, rank: int = 0
+    folder: Path,
+    numbers: str,
+    epoch: int,
+    batch: int,
+    *words: str,
+    rank: int = 0,
+    part: str = "training_step",
+    **more: str,
 ) -> subprocess.CompletedProcess[str]:
     """A training, one of whose processes gets the signals in the middle of a batch."""
     (folder / "signalled.py").write_text(SIGNALLED)
-    return launch(folder, "signalled", "train", *words, SIGNALLED=f"{numbers},{epoch},{batch},{rank}")
+    return launch(folder, "signalled", "train", *words, SIGNALLED=f"{numbers},{part},{epoch},{batch},{rank}", **more)
 
 
 def resume(folder: Path) -> None:
@@ -53,17 +61,19 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "epoch", "batch", "step"),
+    ("number", "part", "epoch", "batch", "step"),
     [
-        ("SIGTERM", 0, 0, 1),  # the first batch; its step needs the second
-        ("SIGUSR1", 1, 7, 13),  # 9 steps an epoch, the last of a single batch
-        ("SIGINT", 1, 16, 19),  # the last batch of an epoch: left after the first step of the next
+        ("SIGTERM", "training_step", 0, 0, 1),  # the first batch; its step needs the second
+        ("SIGUSR1", "training_step", 1, 7, 13),  # 9 steps an epoch, the last of a single batch
+        ("SIGINT", "training_step", 1, 16, 18),  # the last batch of an epoch: left in the validation after it
+        ("SIGTERM", "validation_step", 1, 3, 18),
+        ("SIGUSR1", "validation_step", 2, 0, 27),  # nothing but validation is left to do
     ],
 )
 def test_a_signal_stops_it_after_the_step_and_resume_is_bit_equal(
-    tmp_path: Path, unbroken: Path, number: str, epoch: int, batch: int, step: int
+    tmp_path: Path, unbroken: Path, number: str, part: str, epoch: int, batch: int, step: int
 ):
-    done = signalled(tmp_path, number, epoch, batch, *WORDS, "hydra.run.dir=run")
+    done = signalled(tmp_path, number, epoch, batch, *WORDS, "hydra.run.dir=run", part=part)
     assert done.returncode == 75
     told = f"espalier: stopped by {number} after step {step}; go on with: espalier train resume={tmp_path}/run"
     assert done.stderr.splitlines()[-1] == told
@@ -76,6 +86,26 @@ def test_a_signal_to_one_rank_stops_all_of_them(tmp_path: Path):
     assert done.returncode == 75
     assert done.stderr.count("espalier: stopped by a signal to another process after step 6") == 1
     resume(tmp_path)
+
+
+def test_a_signal_to_one_rank_that_validates_stops_all_of_them(tmp_path: Path):
+    words = (*WORDS, "strategy=ddp_cpu", "hydra.run.dir=run")
+    done = signalled(tmp_path, "SIGTERM", 0, 1, *words, rank=1, part="validation_step")
+    assert done.returncode == 75
+    assert done.stderr.count("espalier: stopped by a signal to another process after step 4") == 1
+    resume(tmp_path)
+
+
+def test_slurm_is_asked_for_another_turn_and_the_same_command_goes_on(tmp_path: Path, unbroken: Path):
+    scontrol = tmp_path / "scontrol"  # stands for SLURM's
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    job = {"SLURM_JOB_ID": "17", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = (*WORDS, "requeue=true", "resume=auto", "hydra.run.dir=run")
+    assert signalled(tmp_path, "SIGUSR1", 1, 7, *words, **job).returncode == 75
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert launch(tmp_path, "espalier.cli", "train", *words, **job).returncode == 0
+    assert_same(tmp_path / "run", unbroken)
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path):

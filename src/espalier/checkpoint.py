@@ -1,14 +1,13 @@
-"""What a checkpoint holds, how it reaches the disk whole, and how it is read back without running any of it.
+"""What a checkpoint holds, and how it is read back without running any of it; `storage.py` brings it to the disk.
 
 A checkpoint is Lightning's dictionary plus `espalier: {version, config, spec, compression}`, so nobody retypes
 overrides, and a network with fewer channels, masks or quantizers is rebuilt from the ledger of what was done to it.
 Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it anywhere.
 """
 
-import os
-import pickle
-import zipfile
+import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from espalier import runs
+from espalier import archive, description, runs, storage
 from espalier.compression.base import Entry
 from espalier.errors import ConfigError, EspalierError
 from espalier.spec import DataSpec
 
 VERSION = 1
 PREFIX = "model."  # the learner's attribute; everything else in its state dict is not the network
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,58 +63,110 @@ def load(key: str, path: Path) -> Checkpoint:
     """
     content = _read(key, path)
     described = isinstance(content, dict) and {"espalier", "state_dict"} <= content.keys()
-    if not described or content["espalier"].get("version") != VERSION:
+    if not described or not isinstance(content["espalier"], dict) or content["espalier"].get("version") != VERSION:
         raise ConfigError(f"{key}={path}: not a checkpoint of this version of espalier; train it with: espalier train")
+    description.require_credible(key, path, content)
     return Checkpoint(path, content)
 
 
 def load_run(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
-    """The first of `names` among the checkpoints of a RUN, as `load` reads it."""
-    return load(key, runs.checkpoint_in(key, runs.find(key, reference), names))
+    """The first of `names` among the checkpoints of a RUN, as `load` reads it; for a damaged last one, that before it.
+
+    Raises:
+        ConfigError: the RUN holds none of them, or what it holds cannot be read.
+    """
+    path = runs.checkpoint_in(key, runs.find(key, reference), names)
+    previous = path.with_name(runs.PREVIOUS)
+    if path.name != runs.LAST or not previous.is_file():
+        return load(key, path)
+    try:
+        return load(key, path)
+    except ConfigError as error:
+        found = load(key, previous)
+        log.warning("%s; going on from %s, step %s", error, previous.name, found.content.get("global_step"))
+        return found
 
 
 def _read(key: str, path: Path) -> Any:
     try:
+        if storage.is_damaged(path):
+            raise ConfigError(f"{key}={path}: damaged, its sha256 is not the one in {storage.SUMS}")
+        archive.require_safe(key, path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a file that was made by hand makes torch stumble over
         raise ConfigError(f"{key}={path}: damaged, or not a checkpoint of tensors and plain types alone") from error
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Writes self-describing checkpoints: a temporary file in the same folder, synced, then renamed."""
+    """Writes self-describing checkpoints, whole or not at all; the last but one stays beside the last."""
 
     def __init__(self, config: Mapping[str, Any], spec: DataSpec, ledger: list[Entry]) -> None:
         self.description = {"version": VERSION, "config": dict(config), "spec": spec.to_dict()}
         self.ledger = ledger  # grows as the recipe is applied
+        self.is_asynchronous = False  # write in the background, from a copy
+        self.mirror: storage.Mirror | None = None
+        self._folders: dict[Path, storage.Folder] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.partial")  # one name: what a kill left is written over
+        """Raise `EspalierError` if this one, or the one written in the background before it, finds no room."""
+        content = {**checkpoint, "espalier": {**self.description, "compression": list(self.ledger)}}
+        self.finish()
+        if not self.is_asynchronous:
+            self._write(content, Path(path))
+            return
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = self._thread.submit(self._write, storage.snapshot(content), Path(path))
+
+    def finish(self) -> None:
+        """Wait for what is written in the background.
+
+        Raises:
+            EspalierError: it was not written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def teardown(self) -> None:
+        """End of a fit: everything is on disk."""
+        self.finish()
+
+    def _write(self, content: dict[str, Any], target: Path) -> None:
         try:
-            with temporary.open("wb") as file:
-                torch.save({**checkpoint, "espalier": {**self.description, "compression": self.ledger}}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except (OSError, RuntimeError) as error:  # torch's own, where a write of its archive fails
-            reason = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(reason, OSError):
-                raise
+            if target.parent not in self._folders:
+                self._folders[target.parent] = storage.Folder(target.parent)
+            keep = runs.PREVIOUS if target.name == runs.LAST else None
+            self._folders[target.parent].write(content, target.name, keep)
+        except OSError as error:
+            what_to_do = "make room" if error.errno in storage.DISK_IS_FULL else "mend that"
             raise EspalierError(
-                f"{target}: not written, {reason.strerror}; what was there before is whole. "
-                f"Make room, then go on with: espalier train resume={target.parent.parent}"
+                f"{target}: not written, {error.strerror}; what was there before is whole. "
+                f"{what_to_do.capitalize()}, then go on with: espalier train resume={target.parent.parent}"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        if self.mirror:
+            try:
+                self.mirror.copy(target)
+            except Exception as error:  # of whatever library reaches it; the file itself is safe
+                log.warning("%s: not copied to %s, training goes on: %s", target, self.mirror.root, error)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete one that others have replaced; what is written in the background may be it."""
+        self.finish()
+        super().remove_checkpoint(path)
 
     def save_network(self, model: nn.Module, path: Path) -> None:
         """A checkpoint of the network alone, which tests and starts new runs, but does not resume."""
         state = {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
         self.save_checkpoint({"state_dict": state, "pytorch-lightning_version": L.__version__}, path)
+        self.finish()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """What `save_checkpoint` wrote; a spawned process hands its bare weights over in this way, too."""
+        self.finish()
         return dict(_read("checkpoint", Path(path)))
 
 

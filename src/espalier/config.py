@@ -32,6 +32,7 @@ class RunConfig:
     seed: int = 0
     source: str | None = None
     resume: str | None = None
+    requeue: bool = False
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     learner: dict[str, Any] = field(default_factory=dict)

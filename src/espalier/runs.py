@@ -9,11 +9,15 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from espalier.config import parse
+from espalier import secret
+from espalier.config import RunConfig, parse
 from espalier.errors import ConfigError
 
 LOGS = Path("logs")
+LAST = "last.ckpt"  # what a run resumes from
+PREVIOUS = "previous.ckpt"  # the one before it, should it be damaged
 BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
@@ -38,10 +42,25 @@ def find(key: str, run: str, holds: str | Path = "checkpoints") -> Path:
             verb = "export source=RUN" if holds == BUNDLE else "train"
             raise ConfigError(f"{key}=latest: no finished run below {LOGS.resolve()}; start one with: espalier {verb}")
         return max(finished, key=lambda folder: (folder / "report.json").stat().st_mtime)
+    if "://" in run:
+        raise ConfigError(f"{key}={run}: an address; only source=ADDRESS, of a checkpoint file, is fetched")
     path = Path(run)
     if not path.exists():
         raise ConfigError(f"{key}={run}: no such run folder or checkpoint file")
     return path
+
+
+def begun(words: Sequence[str]) -> Path | None:
+    """What `resume=auto` stands for: the folder of `hydra.run.dir` if it can be resumed, None if all begins there.
+
+    Raises:
+        ConfigError: the words name no such folder.
+    """
+    folders = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("hydra.run.dir=")]
+    if not folders:
+        raise ConfigError("resume=auto: needs a folder that is the same each time; add hydra.run.dir=FOLDER")
+    folder = Path(folders[-1])
+    return folder if any((folder / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS)) else None
 
 
 def bundle_in(path: Path) -> Path | None:
@@ -79,6 +98,7 @@ def from_source(
         f"{word.input_line}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
         for word in overrides
         if _group(word) in NETWORK
+        and not _is_hidden(stored, word)
         and not (word.key_or_group.startswith(("data.", "data/")) or _group(word) in may_change)
     ]
     if fixed:
@@ -97,25 +117,28 @@ def from_source(
 
 
 def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
-    """The stored config of a run that goes on; of the command line only `trainer.*` may differ.
+    """The stored config of a run that goes on; of the command line only `trainer.*` and stored secrets may differ.
 
     Raises:
         ConfigError: another word asks for something that the run was not configured with.
     """
-    result = OmegaConf.create(dict(stored))
+    try:
+        result: DictConfig = OmegaConf.merge(OmegaConf.structured(RunConfig), dict(stored))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"resume={cfg.resume}: its configuration is wrong: {str(error).splitlines()[0]}") from error
     problems = []
     for word in parse(words):
         group = {"strategy": "trainer"}.get(_group(word), _group(word))
-        if word.key_or_group.startswith("trainer."):
+        if word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
             _apply(result, word)
-        elif group in stored and group not in ("task", "resume") and _plain(cfg[group]) != stored[group]:
+        elif group in stored and group not in ("task", "resume", "requeue") and _plain(cfg[group]) != stored[group]:
             problems.append(
                 f"{word.input_line}: resume continues the run as it was configured and {group} differs; "
                 "drop it, or start a new run with source="
             )
     if problems:
         raise ConfigError(*problems)
-    result.resume = cfg.resume
+    result.resume, result.requeue = cfg.resume, cfg.requeue
     return result
 
 
@@ -123,8 +146,14 @@ def _group(word: Override) -> str:
     return word.key_or_group.partition(".")[0].partition("/")[0]
 
 
+def _is_hidden(stored: Mapping[str, Any], word: Override) -> bool:
+    """Whether this key was stored without its value, because that is a secret."""
+    return OmegaConf.select(OmegaConf.create(dict(stored)), word.key_or_group) == secret.HIDDEN
+
+
 def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    """As a run stores it."""
+    return secret.scrub_tree(OmegaConf.to_container(node, resolve=True)) if OmegaConf.is_config(node) else node
 
 
 def _apply(cfg: DictConfig, word: Override) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -74,10 +73,6 @@ class CsvLog(Logger):
                 file.write(self._line(row))
             self._settle(len(rows) - 1, file.tell())
             file.write(self._line(rows[-1]))
-
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """A checkpoint at step s promises that the rows up to s are on disk."""
-        self.save()
 
     def _open(self, step: int) -> None:
         """Take over the rows that an earlier process left, up to `step`."""

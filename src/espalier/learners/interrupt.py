@@ -1,11 +1,17 @@
 """Signals that ask a training to stop, kept until it has come to a step where it can be left and resumed exactly."""
 
+import os
 import signal
+import subprocess
 import sys
 import threading
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # of schedulers that preempt, and of people
+from espalier.errors import EspalierError
+
+JOB = "SLURM_JOB_ID"  # set inside a job of SLURM
+NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")  # of schedulers that preempt, and of people
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
 
 
 class Interrupt:
@@ -29,5 +35,22 @@ class Interrupt:
         if number == signal.SIGINT:
             if self.number:
                 raise KeyboardInterrupt
-            print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr)
         self.number = number
+
+
+def requeue() -> None:
+    """Ask SLURM to start this job again when there is room; `resume=auto` then goes on.
+
+    Raises:
+        EspalierError: SLURM refuses.
+    """
+    words = ["scontrol", "requeue", os.environ[JOB]]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        reason = done.stderr.strip() if done.returncode else ""
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise EspalierError(f"{' '.join(words)}: {reason}; what was trained is saved, start the job again yourself")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from espalier.data.loaders import Batch
@@ -153,10 +154,25 @@ class Learner(L.LightningModule):
         """Raise `StoppedError` if a signal has come to any process, once a resumed run can go on from here."""
         if self.guard.is_alone and not self.interrupt.number:
             return
-        trainer = self.trainer
-        is_between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
-        if is_between_steps and trainer.strategy.reduce_boolean_decision(bool(self.interrupt.number), all=False):
+        if self._is_between_steps() and not self.trainer.is_last_batch and self._is_asked_to_stop():
             self._stop()
+
+    def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Raise `StoppedError`, as after a step; the resumed run validates from the first batch on."""
+        if self.guard.is_alone and not self.interrupt.number:
+            return
+        if (self._is_between_steps() or self.trainer.is_last_batch) and self._is_asked_to_stop():
+            progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()
+            progress.increment_started()  # and not done: where Lightning finds that, it validates again
+            self._stop()
+
+    def _is_between_steps(self) -> bool:
+        return (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
+    def _is_asked_to_stop(self) -> bool:
+        return self.trainer.strategy.reduce_boolean_decision(bool(self.interrupt.number), all=False)
 
     def _stop(self) -> None:
         last = self.save_last()
@@ -169,13 +185,16 @@ class Learner(L.LightningModule):
             return None
         last: Path = self.trainer.strategy.broadcast(Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
         self.trainer.save_checkpoint(last)
+        self.trainer.strategy.checkpoint_io.teardown()  # what is written in the background is waited for
         return last
 
     def on_train_epoch_end(self) -> None:
         *sums, samples = self._total_train_sums().unbind()
-        self.log_dict(
-            {f"train/{name}": value / samples for name, value in zip(self.train_statistics, sums, strict=True)}
-        )
+        means = {f"train/{name}": value / samples for name, value in zip(self.train_statistics, sums, strict=True)}
+        self.log_dict(means, logger=False)  # Lightning would hand them to loggers after the epoch's checkpoint
+        values = {name: value.item() for name, value in means.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
         self.train_sums.zero_()
 
     def _total_train_sums(self) -> Tensor:
@@ -183,6 +202,8 @@ class Learner(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.settle()
+        for logger in self.trainer.loggers:  # their rows reach the disk before what resumes after them
+            logger.save()
         checkpoint["guard"] = self.guard.state_dict()
         checkpoint["train_sums"] = self._total_train_sums()  # of the running epoch, so a resumed one reports whole
 
@@ -207,6 +228,14 @@ class Learner(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(self.measured["val"][self.monitor])
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Leave the plateau out: Lightning would step it after the checkpoint, and in a resumed epoch not at all."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")

@@ -1,0 +1,177 @@
+"""How a checkpoint reaches a disk or a bucket whole, and how a damaged one is recognised.
+
+A file is written under a hidden name in its own folder, synced and renamed, so a crash leaves the old one or the new
+one. `SHA256SUMS` beside the files holds the hash of each; `sha256sum -c SHA256SUMS` checks them by hand. While the next
+file moves in, the next list lies beside the present one, so at every moment the file that is there is in one of them.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from espalier.errors import ConfigError
+from espalier.runs import LAST, PREVIOUS
+
+SUMS = "SHA256SUMS"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Folder:
+    """A folder of checkpoints that this process writes; nobody else does."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.sums = {name: _sha256(path / name) for name in recorded(path) if (path / name).exists()}
+        known = {value for values in recorded(path).values() for value in values}
+        self.sums = {name: value for name, value in self.sums.items() if value in known}  # what is whole
+
+    def write(self, content: Any, name: str, keep: str | None = None) -> None:
+        """Save with `torch.save`, all or nothing; a whole file that stood there goes on under the name `keep`.
+
+        Raises:
+            OSError: there is not enough room, or no permission; what was there before is whole.
+        """
+        target, draft = self.path / name, _draft(self.path / name)  # always the same: what a kill left is written over
+        _require_room(content, target)
+        try:
+            with draft.open("wb") as file:
+                hashed = _Hashed(file)
+                torch.save(content, hashed)  # type: ignore[arg-type]  # it asks for no more than write and flush
+                _sync(file)
+            if keep and name in self.sums and target.exists():
+                _link(target, self.path / keep)
+                self.sums[keep] = self.sums[name]
+            self.sums = {name: value for name, value in self.sums.items() if (self.path / name).exists()}
+            self._move_in(target, hashed.sha256.hexdigest())
+        except RuntimeError as error:  # torch's own, where a write of its archive fails
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _move_in(self, target: Path, sha256: str) -> None:
+        """Rename the new file, with its hash on disk before and the new list in place after."""
+        self.sums[target.name] = sha256
+        lines = "".join(f"{value}  {name}\n" for name, value in sorted(self.sums.items()))
+        sums = self.path / SUMS
+        try:
+            with _draft(sums).open("wb") as file:
+                file.write(lines.encode())
+                _sync(file)
+        except OSError:
+            _draft(sums).unlink(missing_ok=True)
+            raise
+        _draft(target).replace(target)
+        _draft(sums).replace(sums)
+        if os.name == "posix":  # Windows cannot open a folder
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def recorded(folder: Path) -> dict[str, list[str]]:
+    """Hashes that each file of the folder may have: that of the list, and of the next list which a crash has left."""
+    found: dict[str, list[str]] = {}
+    for file in (folder / SUMS, _draft(folder / SUMS)):
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+            value, _, name = line.partition("  ")
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether the file is not what was written there; one whose hash nobody wrote down is not."""
+    known = recorded(path.parent)
+    return path.name in known and _sha256(path) not in {value for values in known.values() for value in values}
+
+
+def snapshot(content: Any) -> Any:
+    """A copy on the CPU that training cannot change any more."""
+    return tree_map_only(Tensor, lambda value: value.detach().to("cpu", copy=True), content)
+
+
+class Mirror:
+    """A folder anywhere that fsspec reaches (`s3://`, `gs://`, `file://`, ...), with copies of what is saved."""
+
+    def __init__(self, address: str) -> None:
+        """Raise `ConfigError` if nothing handles such an address, or the package that does is missing."""
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(address)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"callbacks.checkpoint.mirror={address}: {error}") from error
+
+    def copy(self, path: Path) -> None:
+        """Copy a file and its list of hashes; a `last.ckpt` that is there already becomes the previous one.
+
+        Raises:
+            Exception: whatever the file system has to say.
+        """
+        self.files.makedirs(self.root, exist_ok=True)
+        there = f"{self.root}/{path.name}"
+        if path.name == LAST and self.files.exists(there):
+            self.files.copy(there, f"{self.root}/{PREVIOUS}")
+        for file in (path, path.with_name(SUMS)):
+            draft = f"{self.root}/{_draft(file).name}"
+            self.files.put_file(str(file), draft)
+            self.files.mv(draft, f"{self.root}/{file.name}")
+
+
+class _Hashed:
+    """A file that knows the hash of what was written to it, so that it need not be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, part: bytes) -> int:
+        self.sha256.update(part)
+        return self.file.write(part)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _require_room(content: Any, target: Path) -> None:
+    """Fail before the first byte, where a full disk can be foreseen."""
+    storages = {leaf.untyped_storage().data_ptr(): leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)}
+    needed = sum(leaf.untyped_storage().nbytes() for leaf in storages.values())
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free", str(target))
+
+
+def _link(target: Path, name: Path) -> None:
+    """Give the file a second name, without a moment in which it has none."""
+    draft = _draft(name)
+    draft.unlink(missing_ok=True)
+    try:
+        draft.hardlink_to(target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(target, draft)
+    draft.replace(name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
