@@ -3,26 +3,21 @@
 import hashlib
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from espalier import secret
+
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = (
     *("espalier", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scikit-learn"),
     *("wandb", "matplotlib", "datasets", "pytorch-optimizer"),
 )
-SECRET = re.compile(
-    r"(?i)([\w.\-/+~@]*(?:key|token|secret|password)[\w.\-/]*['\"]?\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s,}\]]+)"
-)
-SECRET_FLAG = re.compile(r"(?i)--?[\w-]*(key|token|secret|password)[\w-]*$")
-HIDDEN = "***"
 GIT_SECONDS = 10  # a hanging network file system must not hold up a run
 
 
@@ -30,7 +25,7 @@ def collect() -> dict[str, Any]:
     """Plain types, ready for `provenance.json`; what cannot be found out is None."""
     return {
         "git": git(SOURCE),
-        "command": scrub(sys.argv),
+        "command": secret.scrub_words(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
@@ -44,15 +39,6 @@ def git(folder: Path) -> dict[str, Any] | None:
     commit = _git(folder, "rev-parse", "HEAD")
     status = _git(folder, "status", "--porcelain")
     return None if commit is None else {"commit": commit, "dirty": bool(status)}
-
-
-def scrub(words: Sequence[str]) -> list[str]:
-    """The command line with every value hidden whose key speaks of a key, token, secret or password."""
-    hidden = [SECRET.sub(rf"\g<1>{HIDDEN}", word) for word in words]
-    for place, word in enumerate(words[1:], start=1):
-        if SECRET_FLAG.match(words[place - 1]) and not word.startswith("-"):
-            hidden[place] = HIDDEN
-    return hidden
 
 
 def hardware() -> dict[str, Any]:

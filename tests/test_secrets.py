@@ -1,0 +1,172 @@
+"""Secrets come from the environment, and nothing that a run writes or prints tells them."""
+
+import json
+import logging
+import re
+import zipfile
+
+import pytest
+from omegaconf import OmegaConf
+
+from canary import CONTROL, FROM_VARIABLE, IN_DOTENV, IN_ENVIRONMENT, LOGIN, TYPED, contents, forms, found
+from conftest import launch
+from espalier import config, runs, secret
+from espalier.errors import ConfigError
+
+SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=1", "callbacks=[checkpoint,monitor]")
+FAILING = (*SMALL, *LOGIN, "+callbacks.login.fails=true", "logger=[csv,wandb]")
+COMMANDS = {  # and their exit codes
+    ("train", *FAILING): 1,
+    ("train", *SMALL, *LOGIN, "logger=[csv,wandb,tensorboard]"): 0,
+    (
+        "compress",
+        "source=latest",
+        "compression=[ptq]",
+        "task.batches=[1]",
+        "logger=[csv,wandb]",
+        *LOGIN[:2],
+        *FROM_VARIABLE,
+    ): 0,
+    ("report", "source=latest"): 0,
+    ("train", "-m", "seed=0,1", *FAILING): 3,
+    ("train", *SMALL, "--traceback", f"data.password={TYPED}"): 2,
+    ("train", *SMALL, f"+callbacks.login={{token: {TYPED}}}"): 2,
+    ("train", *SMALL, f"trainer.max_epochs={IN_ENVIRONMENT['HF_TOKEN']}"): 2,
+    ("train", *SMALL, "model.depth='${oc.env:HF_TOKEN}'"): 2,
+    ("train", *SMALL, "model.bias='${oc.env:HF_TOKEN}'"): 2,
+}
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What ten commands wrote and printed, with canaries wherever a secret may come from."""
+    folder = tmp_path_factory.mktemp("canaries")
+    (folder / ".env").write_text(f"HF_TOKEN={IN_DOTENV}\nexport SERVICE_SECRET='{IN_DOTENV}'\n")
+    done = launch(folder, "canary", json.dumps(list(COMMANDS)), **IN_ENVIRONMENT, WANDB_MODE="offline")
+    assert re.findall(r"exit code (\d)", done.stdout) == list(map(str, COMMANDS.values())), done.stdout + done.stderr
+    return {**dict(contents(folder)), "stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+
+
+def test_no_secret_is_found_in_what_runs_leave_behind(left):
+    assert len(left) > 50
+    assert found([*IN_ENVIRONMENT.values(), IN_DOTENV, TYPED], left.items()) == []
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("config.yaml", "overrides.yaml", "provenance.json", "run.log", "/data.pkl", ".wandb"),
+        *("hparams.yaml", "multirun.yaml", "stdout"),
+    ],
+)
+def test_the_search_sees_what_is_no_secret_in_each_place_that_holds_a_configuration(left, place):
+    chosen = {name: content for name, content in left.items() if name.endswith(place)}
+    assert chosen
+    assert found([CONTROL], chosen.items()) != []
+
+
+def test_the_search_knows_a_secret_in_other_forms(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for place, form in enumerate(sorted(forms(TYPED))):
+            archive.writestr(str(place), b"before" + form + b"after")
+    hits = found([TYPED], contents(tmp_path))
+    assert {hit.partition(":")[0] for hit in hits} == {f"a.zip/{place}" for place in range(len(forms(TYPED)))}
+
+
+def test_a_secret_on_the_command_line_costs_one_line_which_does_not_repeat_it(espalier):
+    done = espalier("train", f"+data.api_key={TYPED}")
+    assert done.code == 2
+    assert done.err == (
+        "espalier: +data.api_key: holds a secret, which the history of the shell keeps; "
+        "set it in the environment and say '+data.api_key=${oc.env:NAME}'\n"
+    )
+    assert not (done.folder / "logs").exists()
+
+
+def test_a_secret_in_a_configuration_file_is_refused():
+    with pytest.raises(ConfigError, match=r"^data\.token: holds a secret, which every copy of its file keeps; "):
+        secret.refuse_written({"data": {"token": TYPED, "batch_size": 64}})
+    secret.refuse_written({"data": {"token": "${oc.env:HF_TOKEN}", "password": None, "pad_token": "<pad>"}})
+
+
+def test_no_key_of_any_option_is_taken_for_that_of_a_secret():
+    files = sorted(config.CONF.rglob("*.yaml"))
+    assert len(files) > 50
+    for file in files:
+        plain = OmegaConf.to_container(OmegaConf.load(file))
+        assert secret.scrub_tree(plain) == plain
+
+
+def test_a_run_that_goes_on_takes_its_secret_from_the_command_line_again(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", TYPED)
+    word = "+callbacks.login.token=${oc.env:MY_TOKEN}"
+    stored = secret.scrub_tree(OmegaConf.to_container(config.compose([word]), resolve=True))
+    assert stored["callbacks"]["login"]["token"] == secret.HIDDEN
+    resumed = runs.from_resumed(config.compose(["resume=RUN", word]), stored, ["resume=RUN", word])
+    assert resumed.callbacks.login.token == TYPED
+
+
+def test_a_stored_configuration_without_its_secret_says_what_to_do():
+    with pytest.raises(ConfigError) as refused:
+        secret.require_told({"login": {"token": secret.HIDDEN, "user": "me"}}, "callbacks")
+    assert str(refused.value) == (
+        "callbacks.login.token: a secret, which no run stores; "
+        "say again where it is: '+callbacks.login.token=${oc.env:NAME}'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "safe"),
+    [
+        (["run", "logger.wandb.api_key=abc"], ["run", "logger.wandb.api_key=***"]),
+        (["run", "+x={token: abc, lr: 3}"], ["run", "+x={token: ***, lr: 3}"]),
+        (["run", "--password", "abc", "trainer.max_epochs=3"], ["run", "--password", "***", "trainer.max_epochs=3"]),
+        (["run", "db.secret='a b'"], ["run", "db.secret=***"]),
+        (
+            ["run", "source=https://h/x?X-Amz-Signature=ab12&part=2"],
+            ["run", "source=https://h/x?X-Amz-Signature=***&part=2"],
+        ),
+        (["run", "mirror=s3://me:abc@h/x"], ["run", "mirror=s3://***@h/x"]),
+    ],
+)
+def test_secrets_of_the_command_line_are_hidden(words, safe):
+    assert secret.scrub_words(words) == safe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("data.token=${oc.env:HF_TOKEN}", "data.token: needs a value", "model.pad_token=<pad>", "model.token_dim=64"),
+        *("num_tokens=4", "tokenizer=bpe", "data.key=image", "monkey=5", "model.pool=token", "password=null"),
+        *("ssh://git@h/x", "keys: a, b", "sk-learn", "accuracy 0.99"),
+    ],
+)
+def test_what_only_looks_like_a_secret_stays(text):
+    assert secret.scrub(text) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text", "safe"),
+    [
+        ("HF_TOKEN", "abcd1234", "is abcd1234, or abcd1234", "is ***, or ***"),
+        ("MY_PASSWORD_2", "a b/c d e f", "at ?p=a%20b%2Fc%20d%20e%20f", "at ?p=***"),
+        ("SSH_PRIVATE_KEY", "-----BEGIN\nabcdefgh\n", "abcdefgh", "***"),
+        ("USE_AUTH", "true", "is true", "is true"),
+        ("TOKENIZERS_PARALLELISM", "disabled", "is disabled", "is disabled"),
+        ("KEY_FOLDER", "/usr/lib", "/usr/lib/python", "/usr/lib/python"),
+    ],
+)
+def test_values_of_variables_are_secret_if_their_name_speaks_of_one(monkeypatch, name, value, text, safe):
+    monkeypatch.setenv(name, value)
+    assert secret.scrub(text) == safe
+
+
+def test_a_log_record_whose_arguments_do_not_fit_is_left_to_its_handler():
+    secret.watch_output()
+    record = logging.getLogRecordFactory()("canary", logging.WARNING, "", 1, "%d", ("x",), None)
+    assert record.args == ("x",)
+
+
+def test_a_long_text_costs_no_more_than_its_length():
+    for part in ("a_", "://", "key-", "{ ", "?sig", "hf "):
+        assert secret.scrub(part * 200_000) == part * 200_000
