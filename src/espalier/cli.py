@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from espalier import catalog, guide
+from espalier import catalog, guide, launch, secret, signals
 from espalier.errors import ConfigError, EspalierError, StoppedError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from espalier.run import Run
 
 TAKES_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i"}
@@ -28,21 +30,38 @@ TAKES_VALUE = frozenset(
 FLAGS = TAKES_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version"}
 NOT_RESULTS = frozenset({"run.log", "config.yaml", "overrides.yaml", "provenance.json"})
 TRIALS_FAILED = 3
+UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+STARTS_PROCESSES = {"ddp": "ddp", "replicated": "ddp", "fsdp": "fsdp", "sharded": "fsdp"}  # in the name of a strategy
 
 
 def main() -> None:
-    """The console command; its exit code is 0 done, 1 failed, 2 bad input, 3 failed trials, 4 diverged, 75 stopped."""
+    """The console command.
+
+    Its exit code is 0 done, 1 failed, 2 bad input, 3 failed trials, 4 diverged, 75 stopped, 130 interrupted.
+    """
+    secret.watch_output()
     _choose_wait_policy()
     wants_traceback = "--traceback" in sys.argv
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--traceback"]
     try:
+        if launch.is_rank():
+            launch.end_with_parent()
         sys.exit(_dispatch(sys.argv[1:]))
     except EspalierError as error:
+        if launch.is_rank():
+            launch.leave_note(error, with_traceback=wants_traceback)
+            sys.exit(error.exit_code)
         if wants_traceback:
-            traceback.print_exc()
+            _print_traceback()
         if _rank() == 0:
-            print(*(f"espalier: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+            print(*(f"espalier: {line}" for line in secret.scrub(str(error)).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if not launch.is_rank():
+            secret.watch_output()  # again: wandb and torch.distributed print the traceback in their own way
+            raise
+        launch.leave_note(error, with_traceback=True)
+        sys.exit(1)
 
 
 def _choose_wait_policy() -> None:
@@ -72,7 +91,9 @@ def _dispatch(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(guide.help_page(verb, words[-1]))
         return 0
-    return _compose_and_run()
+    task = next((word.removeprefix("task=") for word in sys.argv if word.startswith("task=")), "train")
+    with signals.heeded(task):
+        return _compose_and_run()
 
 
 def _compose_and_run() -> int:
@@ -80,7 +101,9 @@ def _compose_and_run() -> int:
 
     from espalier import config
 
+    _refuse_unsafe_loading()
     flags, words = _split_flags(sys.argv[1:])
+    secret.refuse(words)
     words = _settle_runs(words)
     sys.argv[1:] = [*flags, *words]  # argparse takes no overrides on both sides of a flag
     multirun = bool({"-m", "--multirun"} & set(flags))
@@ -100,6 +123,13 @@ def _compose_and_run() -> int:
     if _ended and _ended[-1].error:
         raise _ended[-1].error
     return 0
+
+
+def _refuse_unsafe_loading() -> None:
+    """Raise `ConfigError` if the environment tells torch to run whatever a checkpoint holds."""
+    value = os.environ.get(UNSAFE, "")
+    if value.lower() in ("1", "y", "yes", "true"):  # as torch reads it
+        raise ConfigError(f"{UNSAFE}={value}: makes torch run code out of checkpoints; unset it")
 
 
 def _split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -122,6 +152,10 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
     """Name RUNs by their absolute path, so that DDP children agree, and send a resumed run to its own folder."""
     from espalier import runs
 
+    if "resume=auto" in words:
+        begun = runs.begun(words)
+        dropped = ("resume=", "source=") if begun else ("resume=",)  # a run that goes on has its source's weights
+        words = [word for word in words if not word.startswith(dropped)] + ([f"resume='{begun}'"] if begun else [])
     settled = list(words)
     task = next((word.removeprefix("task=") for word in words if word.startswith("task=")), "")
     holds = runs.BUNDLE if task in runs.TAKES_BUNDLE else "report.json" if task == "report" else "checkpoints"
@@ -133,7 +167,7 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
             settled[place] = f"{key}='{path}'"
             settled.append(f"hydra.run.dir='{path}'")
         if key == "source" and value not in ("", "null"):
-            paths = [runs.find(key, run, holds).resolve() for run in runs.split(value.strip("'\""))]
+            paths = [_find(run, holds).resolve() for run in runs.split(value.strip("'\""))]
             between = "," if task in runs.TAKES_SEVERAL else "','"  # else Hydra is told of a sweep, and asks for -m
             settled[place] = f"{key}='{between.join(map(str, paths))}'"
     if _rank() > 0:
@@ -143,6 +177,16 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
             atexit.register(shutil.rmtree, own, ignore_errors=True)
             settled += [f"hydra.run.dir={own}", f"hydra.sweep.dir={own}"]
     return settled
+
+
+def _find(source: str, holds: str | Path) -> Path:
+    from espalier import runs
+
+    if "://" not in source or holds != "checkpoints":
+        return runs.find("source", source, holds)
+    from espalier import remote
+
+    return remote.fetch("source", source)
 
 
 def _check_trials(words: Sequence[str]) -> None:
@@ -156,8 +200,9 @@ def _check_trials(words: Sequence[str]) -> None:
         except ConfigError as error:
             problems.update(dict.fromkeys(str(error).splitlines()))
             continue
-        launches = trainer.strategy if isinstance(trainer.strategy, str) else "fsdp"
-        if launches in ("ddp", "fsdp") and "TORCHELASTIC_RUN_ID" not in os.environ:
+        named = str(trainer.strategy).lower()  # a word, or the class with its arguments
+        launches = next((name for word, name in STARTS_PROCESSES.items() if word in named), None)
+        if launches and "TORCHELASTIC_RUN_ID" not in os.environ:
             problems[
                 f"strategy={launches}: its child processes would each start the whole sweep again; use one command "
                 "per trial, or start the processes yourself: torchrun --nproc-per-node 2 -m espalier.cli train -m ..."
@@ -176,7 +221,7 @@ class Ended:
 
     @property
     def outcome(self) -> str:
-        return "done" if self.error is None else str(self.error).splitlines()[0]
+        return "done" if self.error is None else secret.scrub(str(self.error)).splitlines()[0]
 
 
 _ended: list[Ended] = []
@@ -190,26 +235,40 @@ def _job(cfg: "DictConfig") -> float | None:
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     job = HydraConfig.get()
     is_trial = job.mode == RunMode.MULTIRUN
-    folder, words = Path(job.runtime.output_dir), list(job.overrides.task)
+    folder = Path(job.runtime.output_dir)
+    words: Any = OmegaConf.to_container(job.overrides.task)  # as typed: `${oc.env:NAME}` stays what it is
+    run: Run | None = None
     objective: float | None = None
     error: Exception | None = None
     try:
-        from espalier.prepare import prepare
+        from espalier.prepare import num_processes, prepare
 
-        objective = prepare(cfg, words, folder, task=str(job.runtime.choices["task"])).perform()
+        run = prepare(cfg, words, folder, task=str(job.runtime.choices["task"]))
+        num_ranks = 1 if is_trial or any(name in os.environ for name in launch.LAUNCHERS) else num_processes(run)
+        if num_ranks > 1:
+            run = None  # may hold weights
+            launch.launch(_words_for_ranks(folder), num_ranks)
+        else:
+            objective = run.perform()
+    except signals.Signalled as signalled:
+        signalled.has_trained = run is not None and run.has_trained
+        if not signalled.has_trained:
+            _discard_if_empty(folder)
+        raise
     except EspalierError as reason:
         error = reason
         if is_trial:
-            print(f"espalier: trial {folder.name}: {reason}", file=sys.stderr)
+            print(f"espalier: trial {folder.name}: {secret.scrub(str(reason))}", file=sys.stderr)
         elif isinstance(reason, ConfigError):
             _discard_if_empty(folder)
     except Exception as reason:
         error = reason
         if is_trial:
-            traceback.print_exc()
+            _print_traceback()
     if is_trial and isinstance(error, StoppedError):
         sys.exit(error.exit_code)  # an exception would only end this trial
     if error and "basic_launcher" not in str(job.launcher.get("_target_")):
@@ -218,9 +277,19 @@ def _job(cfg: "DictConfig") -> float | None:
     return objective
 
 
+def _words_for_ranks(folder: Path) -> list[str]:
+    """The command line as this process has settled it, and the folder that all of them share."""
+    shared = str(folder.resolve()).replace("'", "\\'")
+    return [*sys.argv[1:], f"hydra.run.dir='{shared}'", *({"--traceback"} & set(sys.orig_argv))]
+
+
+def _print_traceback() -> None:
+    print(secret.scrub(traceback.format_exc()), end="", file=sys.stderr)
+
+
 def _discard_if_empty(folder: Path) -> None:
     """A run that never started leaves no folder behind."""
-    if _rank() == 0 and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
+    if _rank() == 0 and folder.exists() and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
         shutil.rmtree(folder)
 
 

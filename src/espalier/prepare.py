@@ -6,20 +6,28 @@ Nothing is built here, so a mistake costs one line and no time.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from espalier import checkpoint, runs
+from espalier import checkpoint, description, runs, secret
 from espalier.checkpoint import Checkpoint
 from espalier.compression.base import check_recipe
 from espalier.config import check_lists
 from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
+from espalier.learners.interrupt import JOB
 from espalier.run import EVALUATED, RESUMED, TAKES_RECIPE, Run
 from espalier.targets import check
 
+REPLICATED = "espalier.learners.replication.Replicated"
+GPU = ("gpu", "cuda")
+SPREAD = ("train", "compress", "evaluate")  # tasks that Lightning carries out, on as many devices as it has
 FORKING = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # Lightning's strategies that return nothing but weights
 MAY_CHANGE = {"train": runs.NETWORK, "predict": ("data",)}  # what a task takes from the command line beside a source
 
@@ -31,6 +39,8 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
         ConfigError: one line per problem.
     """
     check_lists(words)
+    secret.refuse_written(OmegaConf.to_container(cfg))
+    _check_interpolations(cfg)
     _check_combination(cfg, task)
     sources: list[Checkpoint | Bundle] = []
     resumed = None
@@ -39,17 +49,25 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
         cfg = runs.from_source(cfg, sources[0].config, words, may_change=MAY_CHANGE.get(task, ()))
     if cfg.resume:
         resumed = checkpoint.load_run("resume", cfg.resume, RESUMED)
-        check(OmegaConf.create(resumed.config), untrusted=True)
+        description.require_state("resume", resumed.path, resumed.content)
+        check(OmegaConf.create(resumed.config), untrusted=True, said=cfg)
         cfg = runs.from_resumed(cfg, resumed.config, words)
         task = str(cfg.task._target_).rpartition(".")[2]  # goes on as what it was
-        sources = [checkpoint.load_run("source", cfg.source, EVALUATED)] if task == "compress" else []
+        sources = [_source(str(cfg.source), task)] if task == "compress" else []
     check(cfg)
     _check_devices(cfg.trainer)
-    if cfg.compression and (OmegaConf.is_dict(cfg.trainer.strategy) or "fsdp" in str(cfg.trainer.strategy)):
+    if cfg.compression and _splits_weights(cfg.trainer.strategy):
         raise ConfigError("trainer.strategy: a recipe needs whole weights on each device; use strategy=ddp or ddp_cpu")
     if cfg.compression and not resumed:
         check_recipe(_methods(cfg.compression), sources[0].ledger if sources else [])
     return Run(cfg, words, folder, task, tuple(sources), resumed)
+
+
+def _check_interpolations(cfg: DictConfig) -> None:
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def _check_combination(cfg: DictConfig, task: str) -> None:
@@ -59,6 +77,8 @@ def _check_combination(cfg: DictConfig, task: str) -> None:
         raise ConfigError(
             f"compression=[{','.join(cfg.compression)}]: {task} measures; say espalier compress source=RUN"
         )
+    if cfg.requeue and JOB not in os.environ:
+        raise ConfigError(f"requeue=true: this is no job of SLURM, as {JOB} is not set; drop it")
     if cfg.source and cfg.resume:
         raise ConfigError(f"source={cfg.source}: a resumed run has its weights already; drop source or resume")
     if cfg.source and task not in runs.TAKES_SEVERAL and len(runs.split(cfg.source)) > 1:
@@ -73,7 +93,13 @@ def _source(reference: str, task: str) -> Checkpoint | Bundle:
         raise ConfigError(f"source={reference}: holds no exported bundle; make one: espalier export source={reference}")
     if exported is not None and not (task in runs.READS_BUNDLE or task in runs.TAKES_BUNDLE):
         raise ConfigError(f"source={reference}: {task} needs the trained RUN, not the bundle that was exported from it")
-    stored = bundle.read("source", exported) if exported else checkpoint.load_run("source", reference, EVALUATED)
+    stored: Checkpoint | Bundle
+    if exported:
+        stored = bundle.read("source", exported)
+        said = (stored.content.get(name) for name in ("config", "data", "compression"))
+        description.require_described("source", exported, *said)
+    else:
+        stored = checkpoint.load_run("source", reference, EVALUATED)
     if missing := [group for group in runs.NETWORK if group not in stored.config]:
         raise ConfigError(f"source={reference}: its configuration has no {' and no '.join(missing)}")
     check(OmegaConf.create({group: stored.config[group] for group in runs.NETWORK}), untrusted=True)
@@ -85,22 +111,49 @@ def _methods(recipe: DictConfig) -> list[str]:
     return [str(node._target_).split(".")[-2] for node in recipe.values()]
 
 
+def _splits_weights(strategy: Any) -> bool:
+    return (OmegaConf.is_dict(strategy) and strategy._target_ != REPLICATED) or "fsdp" in str(strategy)
+
+
 def _check_devices(trainer: DictConfig) -> None:
     """Refuse what this machine does not have, and what would lose results, before Lightning starts processes."""
     if str(trainer.strategy).startswith(FORKING):
         raise ConfigError(
             f"trainer.strategy={trainer.strategy}: its processes keep what they measure; use strategy=ddp or ddp_cpu"
         )
-    wants_gpu = trainer.accelerator in ("gpu", "cuda")
     num_gpus = torch.cuda.device_count()
-    if wants_gpu and not num_gpus:
+    if trainer.accelerator in GPU and not num_gpus:
         raise ConfigError(
             f"trainer.accelerator={trainer.accelerator}: this machine has no GPU; use strategy=cpu or ddp_cpu"
         )
-    on_gpu = wants_gpu or (trainer.accelerator == "auto" and num_gpus)
+    on_gpu = _is_on_gpu(trainer)
     limit = num_gpus if on_gpu else max(2, os.cpu_count() or 1)  # two processes share one core, for tests
     wanted = trainer.devices if isinstance(trainer.devices, int) else 1
     if wanted > limit or wanted == 0:
         raise ConfigError(f"trainer.devices={wanted}: this machine has {limit} {'GPUs' if on_gpu else 'CPU cores'}")
     if trainer.sync_batchnorm and not on_gpu:
         raise ConfigError("trainer.sync_batchnorm=true: torch synchronises batch norm on GPUs only; set it to false")
+
+
+def _is_on_gpu(trainer: DictConfig) -> bool:
+    return trainer.accelerator in GPU or (trainer.accelerator == "auto" and torch.cuda.device_count() > 0)
+
+
+def num_processes(run: Run) -> int:
+    """How many the task takes on this machine; 1 where starting them is Lightning's business.
+
+    Raises:
+        ConfigError: `trainer.devices` says nothing that can be counted.
+    """
+    trainer = run.cfg.trainer
+    if run.task not in SPREAD or trainer.num_nodes > 1 or trainer.accelerator not in (*GPU, "cpu", "auto"):
+        return 1
+    accelerator = CUDAAccelerator if _is_on_gpu(trainer) else CPUAccelerator
+    if trainer.devices == "auto":
+        return accelerator.auto_device_count()
+    devices: Any = list(trainer.devices) if OmegaConf.is_list(trainer.devices) else trainer.devices
+    try:
+        parsed = accelerator.parse_devices(devices)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer.devices={trainer.devices}: {error}") from error
+    return parsed if isinstance(parsed, int) else len(parsed or ())

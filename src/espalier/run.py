@@ -1,6 +1,5 @@
 """The composition root: the one place where configuration becomes objects, each built when it is first asked for."""
 
-import errno
 import inspect
 import json
 import logging
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from espalier import checkpoint, seeding
+from espalier import checkpoint, secret, seeding
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
@@ -37,13 +36,16 @@ from espalier.compression.base import (
 )
 from espalier.compression.masks import KeepMasks
 from espalier.data.module import DataModule
-from espalier.errors import ConfigError, EspalierError
+from espalier.errors import ConfigError, EspalierError, StoppedError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable
+from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
 from espalier.measure import cost, figures, provenance, report
+from espalier.runs import LAST, PREVIOUS
 from espalier.spec import DataSpec, Report
+from espalier.storage import DISK_IS_FULL
 from espalier.targets import check
 
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -58,10 +60,9 @@ for not_for_users in (
     warnings.filterwarnings("ignore", not_for_users)
 
 COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
-EVALUATED = (COMPRESSED, "best.ckpt", "last.ckpt")  # what `source=FOLDER` means, in this order
-RESUMED = ("last.ckpt",)
+EVALUATED = (COMPRESSED, "best.ckpt", LAST, PREVIOUS)  # what `source=FOLDER` means, in this order
+RESUMED = (LAST, PREVIOUS)
 TAKES_RECIPE = ("train", "compress")
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
 
@@ -162,13 +163,12 @@ class Run:
         if reference == "source" and not self.cfg.source:
             raise ConfigError(f"{key}=source: this run starts from no source; name the RUN of the teacher")
         stored = checkpoint.load_run(key, self.cfg.source if reference == "source" else reference, EVALUATED)
-        check(OmegaConf.create({"model": stored.config["model"]}), untrusted=True)
         require_same_data(key, self.data, stored)
         return self.deployable(stored).module.requires_grad_(False)
 
     def network(self, stored: Checkpoint) -> nn.Module:
         """The network of a checkpoint as it was trained: masks, adapters and quantizers in place."""
-        model = replay(_new_model(OmegaConf.create(stored.config["model"]), stored.spec), stored.ledger)
+        model = replay(_stored_model(stored), stored.ledger)
         checkpoint.load_weights(model, stored)
         return model
 
@@ -179,7 +179,7 @@ class Run:
     def float_network(self, stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
         """The same weights without the quantizers, and the ledger of that."""
         ledger = [entry for entry in stored.ledger if stage_of(entry["method"]) < Stage.QUANTIZE]
-        model = replay(_new_model(OmegaConf.create(stored.config["model"]), stored.spec), ledger)
+        model = replay(_stored_model(stored), ledger)
         checkpoint.load_fitting_weights(model, stored)
         return model, ledger
 
@@ -210,7 +210,7 @@ class Run:
 
     @cached_property
     def trainer(self) -> L.Trainer:
-        return _build(
+        trainer = _build(
             "trainer",
             self.cfg.trainer,
             callbacks=self.callbacks,
@@ -223,13 +223,22 @@ class Run:
             num_sanity_val_steps=0,  # a resumed run would skip them, an unbroken one not
             use_distributed_sampler=False,  # data/loaders.py shards, and loses or repeats no sample
         )
+        # At SIGTERM Lightning would wait for all ranks, inside of the handler and wherever they are.
+        trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
+        return trainer
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether it has taken a step, or goes on from one."""
+        return "trainer" in self.__dict__ and self.trainer.global_step > 0
 
     @cached_property
     def checkpoint_io(self) -> CheckpointIO:
         return CheckpointIO(self._plain_config(), self.data.spec, self.ledger)
 
     def _plain_config(self) -> dict[str, Any]:
-        return OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[return-value]
+        """What is written down of the configuration: plain types, no secrets."""
+        return secret.scrub_tree(OmegaConf.to_container(self.cfg, resolve=True))
 
     def perform(self) -> float | None:
         """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint.
@@ -240,6 +249,10 @@ class Run:
         try:
             instantiate(self.cfg.task, _partial_=True)(self)
             return self.best_score
+        except StoppedError:
+            if self.cfg.requeue and is_first_rank():
+                requeue()
+            raise
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
                 raise
@@ -321,8 +334,8 @@ class Run:
         if not is_first_rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.cfg, self.folder / "config.yaml", resolve=True)
-        OmegaConf.save(OmegaConf.create(list(self.words)), self.folder / "overrides.yaml")
+        OmegaConf.save(OmegaConf.create(self._plain_config()), self.folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(secret.scrub_words(self.words)), self.folder / "overrides.yaml")
         (self.folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
 
     def publish(
@@ -381,12 +394,20 @@ def _new_model(node: DictConfig, spec: DataSpec) -> nn.Module:
     return _build("model", node, input_shape=spec.shape, num_outputs=spec.num_outputs)
 
 
+def _stored_model(stored: Checkpoint) -> nn.Module:
+    """Of a checkpoint, which may name only what is trusted, wherever it was read."""
+    node = OmegaConf.create({"model": stored.config.get("model")})
+    check(node, untrusted=True)
+    return _new_model(node.model, stored.spec)
+
+
 def _build(key: str, node: DictConfig, **supplied: Any) -> Any:
     """The object that a config node describes, given the arguments of `targets.SUPPLIED` that it accepts.
 
     Raises:
         ConfigError: the object refuses its arguments; the message names `key`.
     """
+    secret.require_told(OmegaConf.to_container(node, resolve=True), key)
     factory = instantiate(node, _partial_=True, _convert_="all")
     accepted = inspect.signature(factory.func).parameters
     try:

@@ -1,0 +1,91 @@
+"""Signals that ask a process to end while it trains nothing; `learners/interrupt.py` has them during a training."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from espalier.errors import EspalierError, StoppedError
+from espalier.learners.interrupt import SIGNALS
+
+TRAINS = ("train", "compress")  # tasks that a scheduler may stop and start again
+HANDLES_SIGNALS = ("serve",)
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+class Signalled(BaseException):
+    """A signal has come. No `Exception`: libraries that catch those would swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+        self.has_trained = False
+
+
+class InterruptedByUserError(EspalierError):
+    """Ctrl-C in a task that keeps nothing; 128 + SIGINT, as a shell reports it."""
+
+    exit_code = 130
+
+
+@contextmanager
+def heeded(task: str) -> Iterator[None]:
+    """Within, a signal ends the task at once and in one line.
+
+    Raises:
+        StoppedError: SIGTERM, SIGUSR1 or SIGINT has come to a task that trains.
+        InterruptedByUserError: SIGINT has come to another task.
+    """
+    if task in HANDLES_SIGNALS:
+        yield
+        return
+    own = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == own:
+            raise Signalled(number)
+        signal.signal(number, signal.SIG_DFL)  # a fork, say a worker of a data loader, ends as others do
+        os.kill(os.getpid(), number)
+
+    try:
+        with handled(SIGNALS if task in TRAINS else (signal.SIGINT,), end):
+            yield
+    except Signalled as signalled:
+        if task not in TRAINS:
+            raise InterruptedByUserError(f"{task} stopped by {signalled.name}") from None
+        raise StoppedError(stopped(signalled.name, signalled.has_trained)) from None
+
+
+def stopped(name: str, has_trained: bool) -> str:
+    """The line that a user sees."""
+    if has_trained:
+        return f"stopped by {name} outside of training; what was saved before is whole"
+    return f"stopped by {name} before training began; nothing was lost"
+
+
+@contextmanager
+def handled(numbers: Sequence[int], handler: Handler) -> Iterator[None]:
+    """Within, `handler` gets these signals; after it those that had them before. In other threads nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `launch.py` starts its processes with them blocked
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within, signals wait; a process that is started here has them wait until it uses `handled`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
