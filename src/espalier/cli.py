@@ -5,6 +5,7 @@ Torch and Lightning are imported inside `_job`, after the configuration has comp
 """
 
 import atexit
+import logging
 import os
 import shutil
 import sys
@@ -40,6 +41,7 @@ def main() -> None:
     Its exit code is 0 done, 1 failed, 2 bad input, 3 failed trials, 4 diverged, 75 stopped, 130 interrupted.
     """
     secret.watch_output()
+    logging.raiseExceptions = False  # a log file on a full disk would cost two tracebacks
     _choose_wait_policy()
     wants_traceback = "--traceback" in sys.argv
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--traceback"]

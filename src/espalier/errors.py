@@ -1,7 +1,10 @@
 """The ways a run can end badly, each with the exit code that a shell or a scheduler sees."""
 
+import re
 from importlib import import_module
 from types import ModuleType
+
+CONTROL = re.compile(r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # would speak to the terminal, or break a line
 
 
 class EspalierError(Exception):
@@ -16,7 +19,7 @@ class ConfigError(EspalierError):
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__(CONTROL.sub("?", "\n".join(problems)))
 
 
 class DivergedError(EspalierError):

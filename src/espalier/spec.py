@@ -1,8 +1,9 @@
 """The two values that travel with the data: `DataSpec` forwards into the model, `Report` out of the run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from math import isfinite
+from typing import Any, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,31 @@ class DataSpec:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "DataSpec":
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: something is missing, unknown, or of another type.
+        """
+        if not isinstance(stored, Mapping):
+            raise ValueError("spec: no dictionary")
+        kinds = {each.name: each.type for each in fields(cls)}
+        wrong = [key for key, value in stored.items() if key not in kinds or not _fits(value, kinds[key])]
+        missing = [each.name for each in fields(cls) if each.default is MISSING and each.name not in stored]
+        if wrong or missing:
+            raise ValueError(f"spec.{ascii((wrong or missing)[0])[1:-1]}: {'no such value' if wrong else 'missing'}")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
         }
         return cls(**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, get_args(kind)[0]) for each in value)
+    if kind is str:
+        return isinstance(value, str)
+    is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return is_number and isfinite(value)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from annotated_types import Ge
 from omegaconf import OmegaConf
 
-from espalier import config, runs, targets
+from espalier import catalog, config, runs, targets
 from espalier.errors import ConfigError
 from espalier.ranges import Count, Positive, Rate
 
@@ -92,6 +92,49 @@ def test_a_target_that_cannot_be_called_is_refused(target: str):
 def test_a_checkpoint_can_name_only_what_was_made_for_it(target: str):
     with pytest.raises(ConfigError, match=r"^model\._target_=.*checkpoint"):
         targets.check(OmegaConf.create({"model": {"_target_": target}}), untrusted=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "node"),
+    [
+        ("model", {"_target_": "espalier.serving.settings.Settings"}),
+        ("model", {"_target_": "espalier.callbacks.monitor.Monitor"}),
+        ("data", {"_target_": "espalier.data.module.pick"}),
+        ("data", {"_target_": "espalier.data.loaders.Batch"}),
+        ("callbacks", {"x": {"_target_": "espalier.callbacks.csv_log.CsvLog"}}),
+        ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.lambda_function.LambdaCallback"}}),
+        ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"}}),
+        ("logger", {"x": {"_target_": "espalier.callbacks.wandb_log.mode"}}),
+        ("scheduler", {"_target_": "torch.optim.lr_scheduler.partial"}),
+        ("scheduler", {"_target_": "torch.optim.lr_scheduler.Counter"}),
+        ("optimizer", {"_target_": "torch.optim.optimizer.Optimizer.step"}),
+        ("trainer", {"_target_": "lightning.pytorch.strategies.deepspeed.DeepSpeedStrategy"}),
+        ("task", {"_target_": "espalier.tasks.serve.serve"}),
+        ("unknown", {"_target_": "espalier.models.mlp.MLP"}),
+        ("model", {"_target_": ["espalier.models.mlp.MLP"]}),
+        ("model", {"_target_": "espalier.models..mlp.MLP"}),
+    ],
+)
+def test_a_checkpoint_can_build_in_each_group_only_what_belongs_there(group: str, node: dict[str, Any]):
+    with pytest.raises(ConfigError, match=r"\._target_=.*not built from a checkpoint"):
+        targets.check(OmegaConf.create({group: node}), untrusted=True)
+
+
+@pytest.mark.parametrize("value", ["/etc/x", "~/x", "a/../../x", "s3://bucket/x", "C:\\x", "file::/x"])
+def test_a_checkpoint_chooses_no_place_that_is_written_to(value: str):
+    node = OmegaConf.create({"callbacks": {"checkpoint": {"filename": value}}})
+    with pytest.raises(ConfigError, match=r"^callbacks\.checkpoint\.filename=.*: a place that no checkpoint chooses"):
+        targets.check(node, untrusted=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "options"), [(group, options) for group, options in catalog.groups().items() if group in targets.BASES]
+)
+def test_each_option_can_come_out_of_a_checkpoint(group: str, options: list[str]):
+    for option in options:
+        chosen = f"[{option}]" if group in ("callbacks", "logger", "compression") and option != "none" else option
+        words = [f"{group}={chosen}", *(["data.path=x"] if option == "hub_images" else [])]
+        targets.check(config.compose(words), untrusted=True)
 
 
 def test_every_option_can_come_out_of_a_checkpoint():

@@ -5,7 +5,6 @@ Lightning's CSVLogger deletes the earlier rows when a run resumes, and writes on
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ class CsvLog(Logger):
         """The whole file, through a draft, so that a crash leaves the old one or the new one."""
         *earlier, last = (self._line(row) for row in self.rows.values())
         content = self._line({name: name for name in self.columns}) + b"".join(earlier)
-        draft = self.file.with_name(f".{NAME}.{os.getpid()}.tmp")
+        draft = self.file.with_name(f".{NAME}.partial")  # one name: what a kill left is written over
         draft.write_bytes(content + last)
         draft.replace(self.file)
         self._settle(len(earlier), len(content))

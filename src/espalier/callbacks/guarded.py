@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from espalier.errors import EspalierError
+from espalier.storage import DISK_IS_FULL
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +17,8 @@ log = logging.getLogger(__name__)
 class Guarded(Logger):
     """Stands for any Lightning logger; the first call that raises is also the last one that reaches it.
 
-    What the user can mend (`ConfigError`: a missing extra) and what the user wants (`KeyboardInterrupt`) still end
-    the run.
+    What the user can mend (`ConfigError`: a missing extra; a full disk) and what the user wants (`KeyboardInterrupt`)
+    still end the run.
     """
 
     def __init__(self, factory: Callable[[], Logger]) -> None:
@@ -38,6 +39,8 @@ class Guarded(Logger):
         except EspalierError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                raise
             self.is_on = False
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             log.warning("%s is switched off, training goes on: %s", self.label, reason)
