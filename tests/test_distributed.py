@@ -21,6 +21,12 @@ def metrics(run: Path) -> dict[str, float]:
     return json.loads((run / "report.json").read_text())["rows"][0]["metrics"]
 
 
+def losses(run: Path) -> list[float]:
+    """Of the training samples of each epoch, over all ranks."""
+    with (run / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
@@ -76,6 +82,9 @@ def test_ddp_ends_with_equal_weights_and_the_numbers_of_one_process(espalier: Co
 def test_two_processes_train_like_one_with_the_double_batch(torchrun: Path, alone: Path):
     assert_close(torchrun, alone)
     assert metrics(torchrun) == pytest.approx(metrics(alone), rel=1e-4)
+    trained, by_one = (losses(run) for run in (torchrun, alone))
+    assert len(trained) == 2
+    assert trained == pytest.approx(by_one, rel=1e-4)
 
 
 def test_fsdp_trains_alike_and_its_checkpoint_loads_in_one_process(espalier: Command, tmp_path: Path, alone: Path):

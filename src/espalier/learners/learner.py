@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
@@ -35,7 +36,6 @@ class Learner(L.LightningModule):
     """
 
     monitor: ClassVar[str]  # the validation metric that decides which checkpoint is best
-    train_sums: Tensor
     mode: ClassVar[Literal["min", "max"]]
     train_statistics: ClassVar[tuple[str, ...]]  # names of the sums, each over the samples of an epoch
 
@@ -58,7 +58,7 @@ class Learner(L.LightningModule):
         self.channels_last = channels_last and spec.is_image
         self.compiles = compile
         self.metrics = nn.ModuleDict({split: self.new_metrics(split) for split in ("val", "test")})
-        self.register_buffer("train_sums", torch.zeros(len(self.train_statistics) + 1), persistent=False)
+        self.train_sums = torch.zeros(len(self.train_statistics) + 1)  # no buffer: DDP gives all ranks the first one's
         self.example_input_array = torch.zeros(2, *spec.shape)
         self.last_loss: Tensor | None = None
         self.guard = Guard()
@@ -119,6 +119,7 @@ class Learner(L.LightningModule):
     def on_train_start(self) -> None:
         self.guard.is_alone, self.guard.lags = self.trainer.world_size == 1, self.device.type != "cpu"
         self.guard.step = self.global_step
+        self.train_sums = self.train_sums.to(self.device)
         self.interrupt.listen()
         self._scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.on_train_epoch_start()  # Lightning skips that hook where a run resumes in mid-epoch
@@ -205,13 +206,18 @@ class Learner(L.LightningModule):
         for logger in self.trainer.loggers:  # their rows reach the disk before what resumes after them
             logger.save()
         checkpoint["guard"] = self.guard.state_dict()
-        checkpoint["train_sums"] = self._total_train_sums()  # of the running epoch, so a resumed one reports whole
+        # Of the running epoch, a row for each rank, so that a resumed one reports whole, and adds in the same order.
+        gathered: Any = self.all_gather(self.train_sums)
+        checkpoint["train_sums"] = gathered.view(-1, len(self.train_sums))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
-        if "train_sums" in checkpoint and self.global_rank == 0:
-            self.train_sums.copy_(checkpoint["train_sums"])
+        if "train_sums" in checkpoint:
+            rows = checkpoint["train_sums"].view(-1, len(self.train_sums))
+            if len(rows) != self.trainer.world_size:
+                rows = pad(rows.sum(0, keepdim=True), (0, 0, 0, self.trainer.world_size - 1))  # all to the first
+            self.train_sums = rows[self.global_rank].clone()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._measure("val", batch)
