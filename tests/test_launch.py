@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,55 @@ def test_a_signal_outside_of_training_ends_the_task(task: str, name: str, error:
     with pytest.raises(error, match=name), heeded(task):
         signal.raise_signal(getattr(signal, name))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+IMPORTED = """
+import signal
+try:
+    signal.raise_signal(signal.SIGTERM)
+except BaseException:
+    pass
+IS_WHOLE = True
+"""
+
+
+def test_a_signal_while_a_module_is_imported_waits_until_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "imported.py").write_text(IMPORTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def work() -> None:
+        with heeded("train"):
+            import_module("imported")
+            time.sleep(30)
+
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        work()
+    assert import_module("imported").IS_WHOLE
+
+
+SWALLOWING = """
+import time
+from espalier import signals
+signals.PATIENCE_SECONDS = 0.5
+with signals.heeded("train"):
+    try:
+        print("listens", flush=True)
+        time.sleep(60)
+    except BaseException:
+        time.sleep(60)
+"""
+
+
+def test_a_signal_that_something_swallows_ends_the_process_all_the_same(tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SWALLOWING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "listens\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert err == "espalier: ended by SIGTERM; what was saved before is whole\n"
+    assert process.returncode == StoppedError.exit_code
 
 
 def test_ctrl_c_in_another_task_has_the_exit_code_of_shells():

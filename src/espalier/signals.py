@@ -10,6 +10,8 @@ from types import FrameType
 from espalier.errors import EspalierError, StoppedError
 from espalier.learners.interrupt import SIGNALS
 
+RETRY_SECONDS = 0.05  # while modules are imported: what is raised there leaves half of one, or is swallowed
+PATIENCE_SECONDS = 6.0  # until a process that has not come to an end, as something swallowed the signal, is ended
 TRAINS = ("train", "compress")  # tasks that a scheduler may stop and start again
 HANDLES_SIGNALS = ("serve",)
 
@@ -43,12 +45,25 @@ def heeded(task: str) -> Iterator[None]:
         yield
         return
     own = os.getpid()
+    timers: list[threading.Timer] = []
+
+    def later(seconds: float, action: Callable[..., None], *arguments: object) -> None:
+        timer = threading.Timer(seconds, action, arguments)
+        timer.daemon = True
+        timer.start()
+        timers.append(timer)
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == own:
-            raise Signalled(number)
-        signal.signal(number, signal.SIG_DFL)  # a fork, say a worker of a data loader, ends as others do
-        os.kill(os.getpid(), number)
+        if os.getpid() != own:  # a fork, say a worker of a data loader, ends as others do
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if not timers:
+            later(PATIENCE_SECONDS, _end_at_once, task, number)
+        if _is_importing(frame):
+            later(RETRY_SECONDS, os.kill, own, number)
+            return
+        raise Signalled(number)
 
     try:
         with handled(SIGNALS if task in TRAINS else (signal.SIGINT,), end):
@@ -57,6 +72,21 @@ def heeded(task: str) -> Iterator[None]:
         if task not in TRAINS:
             raise InterruptedByUserError(f"{task} stopped by {signalled.name}") from None
         raise StoppedError(stopped(signalled.name, signalled.has_trained)) from None
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _end_at_once(task: str, number: int) -> None:
+    error = StoppedError if task in TRAINS else InterruptedByUserError
+    os.write(2, f"espalier: ended by {signal.Signals(number).name}; what was saved before is whole\n".encode())
+    os._exit(error.exit_code)
 
 
 def stopped(name: str, has_trained: bool) -> str:
