@@ -149,6 +149,7 @@ def test_a_fault_that_only_the_first_rank_can_find_ends_all_in_one_line(tmp_path
     assert not list(tmp_path.glob("logs/*/*"))
 
 
+@pytest.mark.slow
 def test_a_recipe_without_training_trains_nothing_in_two_processes_either(tmp_path: Path, source: Path):
     words = ("compression=[ptq]", "strategy=ddp_cpu", *SHORT)
     with pytest.MonkeyPatch.context() as patch:

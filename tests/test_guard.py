@@ -65,7 +65,7 @@ def test_a_step_that_is_not_finite_is_not_taken(
     assert ("loss nan" in line, "loss inf" in line) == (harm == "nan", harm == "inf")
     assert "gradient norm nan" in line or "gradient norm inf" in line
     saved = list(run_in(tmp_path).glob("checkpoints/*.ckpt"))
-    assert len(saved) == (2 if step > NUM_BATCHES else 0)
+    assert len(saved) == (0 if step <= NUM_BATCHES else 2 if step <= 2 * NUM_BATCHES else 3)
     for path in saved:
         assert all(value.isfinite().all() for value in weights(path).values())
 
@@ -202,7 +202,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp_cpu", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp_cpu", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_all_ranks_end_at_the_step_where_one_of_them_diverges(tmp_path: Path, strategy: str):
     (tmp_path / "on_one_rank.py").write_text(ON_ONE_RANK)
     words = ["torch.distributed.run", "--nproc-per-node", "2", "on_one_rank.py", "train", *MLP]

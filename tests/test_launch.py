@@ -249,6 +249,13 @@ def test_a_run_on_several_devices_takes_a_process_for_each(tmp_path: Path, words
     assert num_processes(prepare(compose(words), words, tmp_path, "export")) == 1
 
 
+def test_a_wrong_input_to_several_processes_is_one_line_and_no_folder(tmp_path: Path):
+    done = launch(tmp_path, "espalier.cli", "train", "strategy=ddp_cpu", "data.batch_size=0")
+    assert done.returncode == 2
+    assert done.stderr == "espalier: data.batch_size=0: should be greater than or equal to 1\n"
+    assert not list(tmp_path.glob("logs/*/*"))
+
+
 FAULTY = """
 import os, signal
 from espalier import cli
@@ -270,7 +277,7 @@ cli.main()
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        ("raise", "rank 1: ValueError: the moon is wrong"),
+        pytest.param("raise", "rank 1: ValueError: the moon is wrong", marks=pytest.mark.slow),
         ("stop", "rank 1 has not answered for 4 s, so rank 0 gave up"),
     ],
 )

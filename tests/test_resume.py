@@ -128,11 +128,10 @@ def test_resume_after_a_crash_is_bit_equal(espalier: Command, tmp_path: Path, un
     ],
     ids=["plateau", "bfloat16", "regression", "validation within the epoch", "saves in the background"],
 )
-@pytest.mark.parametrize(("epoch", "batch"), [(1, 5), (2, 0)])
-def test_resume_is_bit_equal_with(espalier: Command, tmp_path: Path, words: tuple[str, ...], epoch: int, batch: int):
+def test_resume_is_bit_equal_with(espalier: Command, tmp_path: Path, words: tuple[str, ...]):
     settings = [word for word in EVERYTHING if words[0] != "data=diabetes" or not word.startswith("data/augment")]
     assert espalier("train", *settings, *words, "hydra.run.dir=unbroken").code == 0
-    crashing(tmp_path, epoch, batch, *settings, *words, "hydra.run.dir=broken")
+    crashing(tmp_path, 2, 0, *settings, *words, "hydra.run.dir=broken")
     done = espalier("train", "resume=broken")
     assert done.code == 0, done.err
     assert_same(tmp_path / "broken", tmp_path / "unbroken")
@@ -199,7 +198,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("sync", [31, 32, 33])
+@pytest.mark.parametrize("sync", [31, 32])
 def test_resume_after_kill_9_while_a_checkpoint_is_written_is_bit_equal(
     espalier: Command, tmp_path: Path, unbroken: Path, sync: int
 ):
@@ -211,7 +210,7 @@ def test_resume_after_kill_9_while_a_checkpoint_is_written_is_bit_equal(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = run_in(tmp_path)
-    assert len(list((run / "checkpoints").glob(".*.partial"))) == {31: 1, 32: 2, 33: 0}[sync]
+    assert len(list((run / "checkpoints").glob(".*.partial"))) == {31: 1, 32: 2}[sync]
     assert espalier("train", f"resume={run}").code == 0
     assert_same(run, unbroken)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {

@@ -17,7 +17,14 @@ WORDS = ("model=mlp", "model.hidden=[32]", "data.batch_size=128", "trainer.max_e
 NUM_STEPS = 3 * (1151 // 128)
 FILES = {
     *("config.yaml", "overrides.yaml", "provenance.json", "run.log", "metrics.csv", "report.json", "report.md"),
-    *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "figures/curves.png", "figures/confusion.png"),
+    *(
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "checkpoints/previous.ckpt",
+        "checkpoints/SHA256SUMS",
+        "figures/curves.png",
+        "figures/confusion.png",
+    ),
 }
 
 

@@ -246,15 +246,19 @@ def _job(cfg: "DictConfig") -> float | None:
     run: Run | None = None
     objective: float | None = None
     error: Exception | None = None
+    task = str(job.runtime.choices["task"])
+    is_numbered = is_trial or any(name in os.environ for name in launch.LAUNCHERS)
     try:
-        from espalier.prepare import num_processes, prepare
+        num_ranks = 1 if is_numbered else _num_cpus(cfg, task)
+        if num_ranks == 1:
+            from espalier.prepare import num_processes, prepare
 
-        run = prepare(cfg, words, folder, task=str(job.runtime.choices["task"]))
-        num_ranks = 1 if is_trial or any(name in os.environ for name in launch.LAUNCHERS) else num_processes(run)
+            run = prepare(cfg, words, folder, task)
+            num_ranks = 1 if is_numbered else num_processes(run)
         if num_ranks > 1:
             run = None  # may hold weights
             launch.launch(_words_for_ranks(folder), num_ranks)
-        else:
+        elif run:
             objective = run.perform()
     except signals.Signalled as signalled:
         signalled.has_trained = run is not None and run.has_trained
@@ -277,6 +281,17 @@ def _job(cfg: "DictConfig") -> float | None:
         raise error
     _ended.append(Ended(folder, words, error))
     return objective
+
+
+def _num_cpus(cfg: "DictConfig", task: str) -> int:
+    """How many processes a training on CPUs takes, where that can be told without importing torch here as well: else 1.
+
+    Each of them checks its input then, and what all of them find is said once.
+    """
+    trainer = cfg.trainer
+    is_told = trainer.accelerator == "cpu" and trainer.num_nodes == 1 and isinstance(trainer.devices, int)
+    num_devices: int = trainer.devices if is_told and task in signals.TRAINS else 1
+    return num_devices if 1 < num_devices <= max(2, os.cpu_count() or 1) else 1
 
 
 def _words_for_ranks(folder: Path) -> list[str]:

@@ -234,7 +234,8 @@ class Run:
 
     @cached_property
     def checkpoint_io(self) -> CheckpointIO:
-        return CheckpointIO(self._plain_config(), self.data.spec, self.ledger)
+        began = {**self._plain_config(), "resume": None}  # or a resumed run would end with another file
+        return CheckpointIO(began, self.data.spec, self.ledger)
 
     def _plain_config(self) -> dict[str, Any]:
         """What is written down of the configuration: plain types, no secrets."""

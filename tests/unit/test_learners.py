@@ -88,6 +88,7 @@ def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy(logit
 def test_metrics_start_afresh_after_an_epoch(logits_and_classes: tuple[Tensor, Tensor], monkeypatch):
     learner = classifier()
     monkeypatch.setattr(learner, "log_dict", lambda values: None)
+    monkeypatch.setattr(learner, "lr_schedulers", lambda: None)
     logits_BK, y_B = logits_and_classes
     first = measured(learner, "val", logits_BK, y_B)
     learner.on_validation_epoch_end()

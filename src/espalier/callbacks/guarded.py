@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from lightning.fabric.loggers.logger import _DummyExperiment
@@ -66,7 +67,9 @@ class Guarded(Logger):
         self.call("save")
 
     def finalize(self, status: str) -> None:
-        self.call("finalize", status)
+        """Where the run has failed, a full disk has been said already."""
+        with suppress(*[OSError] if status == "failed" else []):
+            self.call("finalize", status)
 
     def close(self) -> None:
         """End of the run: nothing more will be logged. Lightning's `finalize` comes after each fit and each test."""
