@@ -99,6 +99,7 @@ def test_both_ranks_prune_the_same_weights_and_both_checkpoints_are_sparse(spars
     assert differing(content(run_in(sparse), "last")["state_dict"], first) == []
 
 
+@pytest.mark.slow
 def test_a_compression_resumes_bit_equal_after_kill_9_of_one_rank(tmp_path: Path, source: Path, sparse: Path):
     (tmp_path / "killed.py").write_text(KILLED.replace("global_rank == 0", "global_rank == 1"))
     killed = launch(tmp_path, "killed", "compress", f"source={source}", *SPARSE)  # returns when no rank is left

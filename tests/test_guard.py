@@ -164,7 +164,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("size", [0, 1_000, 20_000])
+@pytest.mark.parametrize("size", [20_000, *(pytest.param(size, marks=pytest.mark.slow) for size in (0, 1_000))])
 def test_a_full_disk_leaves_the_checkpoint_before_and_one_line(tmp_path: Path, size: int):
     """The limit on the size of a file stands for the end of a disk; it is met in the second epoch."""
     (tmp_path / "full.py").write_text(FULL.format(size=size))

@@ -198,7 +198,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("sync", [31, 32])
+@pytest.mark.parametrize("sync", [pytest.param(31, marks=pytest.mark.slow), 32])
 def test_resume_after_kill_9_while_a_checkpoint_is_written_is_bit_equal(
     espalier: Command, tmp_path: Path, unbroken: Path, sync: int
 ):

@@ -64,9 +64,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("number", "part", "epoch", "batch", "step"),
     [
         ("SIGTERM", "training_step", 0, 0, 1),  # the first batch; its step needs the second
-        ("SIGUSR1", "training_step", 1, 7, 13),  # 9 steps an epoch, the last of a single batch
+        pytest.param("SIGUSR1", "training_step", 1, 7, 13, marks=pytest.mark.slow),  # of 9 steps an epoch
         ("SIGINT", "training_step", 1, 16, 18),  # the last batch of an epoch: left in the validation after it
-        ("SIGTERM", "validation_step", 1, 3, 18),
+        pytest.param("SIGTERM", "validation_step", 1, 3, 18, marks=pytest.mark.slow),
         ("SIGUSR1", "validation_step", 2, 0, 27),  # nothing but validation is left to do
     ],
 )
@@ -81,6 +81,7 @@ def test_a_signal_stops_it_after_the_step_and_resume_is_bit_equal(
     assert_same(tmp_path / "run", unbroken)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_of_them(tmp_path: Path):
     done = signalled(tmp_path, "SIGUSR1", 1, 3, *WORDS, "strategy=ddp_cpu", "hydra.run.dir=run", rank=1)
     assert done.returncode == 75
