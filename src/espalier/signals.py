@@ -11,6 +11,7 @@ from espalier.errors import EspalierError, StoppedError
 from espalier.learners.interrupt import SIGNALS
 
 RETRY_SECONDS = 0.05  # while modules are imported: what is raised there leaves half of one, or is swallowed
+IMPORT_SECONDS = 1.0  # for an import to end; that of Lightning takes longer, and nothing is lost with it
 PATIENCE_SECONDS = 6.0  # until a process that has not come to an end, as something swallowed the signal, is ended
 TRAINS = ("train", "compress")  # tasks that a scheduler may stop and start again
 HANDLES_SIGNALS = ("serve",)
@@ -59,7 +60,7 @@ def heeded(task: str) -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         if not timers:
-            later(PATIENCE_SECONDS, _end_at_once, task, number)
+            later(IMPORT_SECONDS if _is_importing(frame) else PATIENCE_SECONDS, _end_at_once, task, number)
         if _is_importing(frame):
             later(RETRY_SECONDS, os.kill, own, number)
             return
