@@ -114,15 +114,15 @@ class CheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raise `EspalierError` if this one, or the one written in the background before it, finds no room."""
         content = {**checkpoint, "espalier": {**self.description, "compression": list(self.ledger)}}
-        self.finish()
+        self.teardown()
         if not self.is_asynchronous:
             self._write(content, Path(path))
             return
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = self._thread.submit(self._write, storage.snapshot(content), Path(path))
 
-    def finish(self) -> None:
-        """Wait for what is written in the background.
+    def teardown(self) -> None:
+        """Wait for what is written in the background; Lightning calls this at the end of a fit.
 
         Raises:
             EspalierError: it was not written.
@@ -131,10 +131,6 @@ class CheckpointIO(TorchCheckpointIO):
             writing, self._writing = self._writing, None
             writing.result()
 
-    def teardown(self) -> None:
-        """End of a fit: everything is on disk."""
-        self.finish()
-
     def _write(self, content: dict[str, Any], target: Path) -> None:
         try:
             if target.parent not in self._folders:
@@ -142,10 +138,10 @@ class CheckpointIO(TorchCheckpointIO):
             keep = runs.PREVIOUS if target.name == runs.LAST else None
             self._folders[target.parent].write(content, target.name, keep)
         except OSError as error:
-            what_to_do = "make room" if error.errno in storage.DISK_IS_FULL else "mend that"
+            what_to_do = "Make room" if error.errno in storage.DISK_IS_FULL else "Mend that"
             raise EspalierError(
                 f"{target}: not written, {error.strerror}; what was there before is whole. "
-                f"{what_to_do.capitalize()}, then go on with: espalier train resume={target.parent.parent}"
+                f"{what_to_do}, then go on with: espalier train resume={target.parent.parent}"
             ) from error
         if self.mirror:
             try:
@@ -155,18 +151,18 @@ class CheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete one that others have replaced; what is written in the background may be it."""
-        self.finish()
+        self.teardown()
         super().remove_checkpoint(path)
 
     def save_network(self, model: nn.Module, path: Path) -> None:
         """A checkpoint of the network alone, which tests and starts new runs, but does not resume."""
         state = {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
         self.save_checkpoint({"state_dict": state, "pytorch-lightning_version": L.__version__}, path)
-        self.finish()
+        self.teardown()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """What `save_checkpoint` wrote; a spawned process hands its bare weights over in this way, too."""
-        self.finish()
+        self.teardown()
         return dict(_read("checkpoint", Path(path)))
 
 

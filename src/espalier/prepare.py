@@ -22,7 +22,7 @@ from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
 from espalier.learners.interrupt import JOB
-from espalier.run import EVALUATED, RESUMED, TAKES_RECIPE, Run
+from espalier.run import EVALUATED, TAKES_RECIPE, Run
 from espalier.targets import check
 
 REPLICATED = "espalier.learners.replication.Replicated"
@@ -48,7 +48,7 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
         sources = [_source(each, task) for each in runs.split(cfg.source)]
         cfg = runs.from_source(cfg, sources[0].config, words, may_change=MAY_CHANGE.get(task, ()))
     if cfg.resume:
-        resumed = checkpoint.load_run("resume", cfg.resume, RESUMED)
+        resumed = checkpoint.load_run("resume", cfg.resume, runs.RESUMED)
         description.require_state("resume", resumed.path, resumed.content)
         check(OmegaConf.create(resumed.config), untrusted=True, said=cfg)
         cfg = runs.from_resumed(cfg, resumed.config, words)

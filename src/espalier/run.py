@@ -43,7 +43,7 @@ from espalier.export.deployed import Deployable
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
 from espalier.measure import cost, figures, provenance, report
-from espalier.runs import LAST, PREVIOUS
+from espalier.runs import RESUMED
 from espalier.spec import DataSpec, Report
 from espalier.storage import DISK_IS_FULL
 from espalier.targets import check
@@ -60,8 +60,7 @@ for not_for_users in (
     warnings.filterwarnings("ignore", not_for_users)
 
 COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
-EVALUATED = (COMPRESSED, "best.ckpt", LAST, PREVIOUS)  # what `source=FOLDER` means, in this order
-RESUMED = (LAST, PREVIOUS)
+EVALUATED = (COMPRESSED, "best.ckpt", *RESUMED)  # what `source=FOLDER` means, in this order
 TAKES_RECIPE = ("train", "compress")
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 

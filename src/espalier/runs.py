@@ -18,6 +18,7 @@ from espalier.errors import ConfigError
 LOGS = Path("logs")
 LAST = "last.ckpt"  # what a run resumes from
 PREVIOUS = "previous.ckpt"  # the one before it, should it be damaged
+RESUMED = (LAST, PREVIOUS)
 BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
@@ -60,7 +61,7 @@ def begun(words: Sequence[str]) -> Path | None:
     if not folders:
         raise ConfigError("resume=auto: needs a folder that is the same each time; add hydra.run.dir=FOLDER")
     folder = Path(folders[-1])
-    return folder if any((folder / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS)) else None
+    return folder if any((folder / "checkpoints" / name).is_file() for name in RESUMED) else None
 
 
 def bundle_in(path: Path) -> Path | None:

@@ -30,9 +30,9 @@ class Folder:
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.sums = {name: _sha256(path / name) for name in recorded(path) if (path / name).exists()}
-        known = {value for values in recorded(path).values() for value in values}
-        self.sums = {name: value for name, value in self.sums.items() if value in known}  # what is whole
+        names, known = _recorded(path)
+        found = {name: _sha256(path / name) for name in names if (path / name).exists()}
+        self.sums = {name: value for name, value in found.items() if value in known}  # what is whole
 
     def write(self, content: Any, name: str, keep: str | None = None) -> None:
         """Save with `torch.save`, all or nothing; a whole file that stood there goes on under the name `keep`.
@@ -81,20 +81,10 @@ class Folder:
                 os.close(descriptor)
 
 
-def recorded(folder: Path) -> dict[str, list[str]]:
-    """Hashes that each file of the folder may have: that of the list, and of the next list which a crash has left."""
-    found: dict[str, list[str]] = {}
-    for file in (folder / SUMS, _draft(folder / SUMS)):
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-            value, _, name = line.partition("  ")
-            found.setdefault(name, []).append(value)
-    return found
-
-
 def is_damaged(path: Path) -> bool:
     """Whether the file is not what was written there; one whose hash nobody wrote down is not."""
-    known = recorded(path.parent)
-    return path.name in known and _sha256(path) not in {value for values in known.values() for value in values}
+    names, known = _recorded(path.parent)
+    return path.name in names and _sha256(path) not in known
 
 
 def snapshot(content: Any) -> Any:
@@ -126,6 +116,13 @@ class Mirror:
             draft = f"{self.root}/{_draft(file).name}"
             self.files.put_file(str(file), draft)
             self.files.mv(draft, f"{self.root}/{file.name}")
+
+
+def _recorded(folder: Path) -> tuple[set[str], set[str]]:
+    """Names and hashes in the list of the folder, and in the next list, which a crash has left."""
+    files = [file for file in (folder / SUMS, _draft(folder / SUMS)) if file.is_file()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return {line.partition("  ")[2] for line in lines}, {line.partition("  ")[0] for line in lines}
 
 
 class _Hashed:
