@@ -6,7 +6,7 @@ Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from espalier.spec import DataSpec
 
 VERSION = 1
 PREFIX = "model."  # the learner's attribute; everything else in its state dict is not the network
+
+Job = Callable[[storage.Folder, str, str | None], None]  # makes the file of that name, keeping what was there as ...
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +117,13 @@ class CheckpointIO(TorchCheckpointIO):
         """Raise `EspalierError` if this one, or the one written in the background before it, finds no room."""
         content = {**checkpoint, "espalier": {**self.description, "compression": list(self.ledger)}}
         self.teardown()
-        if not self.is_asynchronous:
-            self._write(content, Path(path))
-            return
-        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing = self._thread.submit(self._write, storage.snapshot(content), Path(path))
+        if self.is_asynchronous:
+            content = storage.snapshot(content)
+        self._store(Path(path), lambda folder, name, keep: folder.write(content, name, keep))
+
+    def save_again(self, saved: Path, path: Path) -> None:
+        """Give the checkpoint that was saved last another name in its folder as well; raise as `save_checkpoint`."""
+        self._store(path, lambda folder, name, keep: folder.link(saved.name, name, keep))
 
     def teardown(self) -> None:
         """Wait for what is written in the background; Lightning calls this at the end of a fit.
@@ -131,12 +135,22 @@ class CheckpointIO(TorchCheckpointIO):
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _write(self, content: dict[str, Any], target: Path) -> None:
+    def _store(self, target: Path, job: Job) -> None:
+        """Now, or after what is on its way already."""
+        if self.is_asynchronous:
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._writing = self._thread.submit(self._store_after, self._writing, target, job)
+        else:
+            self._store_after(None, target, job)
+
+    def _store_after(self, writing: Future[None] | None, target: Path, job: Job) -> None:
+        if writing is not None:
+            writing.result()  # or what failed to be written would be given a second name
         try:
             if target.parent not in self._folders:
                 self._folders[target.parent] = storage.Folder(target.parent)
             keep = runs.PREVIOUS if target.name == runs.LAST else None
-            self._folders[target.parent].write(content, target.name, keep)
+            job(self._folders[target.parent], target.name, keep)
         except OSError as error:
             what_to_do = "Make room" if error.errno in storage.DISK_IS_FULL else "Mend that"
             raise EspalierError(

@@ -47,11 +47,7 @@ class Folder:
                 hashed = _Hashed(file)
                 torch.save(content, hashed)  # type: ignore[arg-type]  # it asks for no more than write and flush
                 _sync(file)
-            if keep and name in self.sums and target.exists():
-                _link(target, self.path / keep)
-                self.sums[keep] = self.sums[name]
-            self.sums = {name: value for name, value in self.sums.items() if (self.path / name).exists()}
-            self._move_in(target, hashed.sha256.hexdigest())
+            self._move_in(target, hashed.sha256.hexdigest(), keep)
         except RuntimeError as error:  # torch's own, where a write of its archive fails
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
@@ -59,8 +55,30 @@ class Folder:
         finally:
             draft.unlink(missing_ok=True)
 
-    def _move_in(self, target: Path, sha256: str) -> None:
+    def link(self, source: str, name: str, keep: str | None = None) -> None:
+        """Give a file that was written here another name as well, as if it were written once more.
+
+        Raises:
+            OSError: as in `write`.
+        """
+        draft = _draft(self.path / name)
+        try:
+            _link(self.path / source, draft)
+            self._move_in(self.path / name, self.sums[source], keep)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _move_in(self, target: Path, sha256: str, keep: str | None) -> None:
         """Rename the new file, with its hash on disk before and the new list in place after."""
+        if keep and target.name in self.sums and target.exists():
+            kept = self.path / keep
+            try:
+                _link(target, _draft(kept))
+                _draft(kept).replace(kept)
+            finally:
+                _draft(kept).unlink(missing_ok=True)  # it is left where both are one file already
+            self.sums[keep] = self.sums[target.name]
+        self.sums = {name: value for name, value in self.sums.items() if (self.path / name).exists()}
         self.sums[target.name] = sha256
         lines = "".join(f"{value}  {name}\n" for name, value in sorted(self.sums.items()))
         sums = self.path / SUMS
@@ -149,15 +167,15 @@ def _require_room(content: Any, target: Path) -> None:
         raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free", str(target))
 
 
-def _link(target: Path, name: Path) -> None:
-    """Give the file a second name, without a moment in which it has none."""
-    draft = _draft(name)
+def _link(path: Path, draft: Path) -> None:
+    """Give the file a second name."""
     draft.unlink(missing_ok=True)
     try:
-        draft.hardlink_to(target)
+        draft.hardlink_to(path)
     except OSError:  # a file system without hard links
-        shutil.copyfile(target, draft)
-    draft.replace(name)
+        shutil.copyfile(path, draft)
+        with draft.open("rb+") as file:
+            _sync(file)
 
 
 def _sha256(path: Path) -> str:

@@ -20,11 +20,13 @@ from espalier.callbacks.ema import EMA
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.progress import Progress
 from espalier.callbacks.summary import Summary, parts
+from espalier.checkpoint import CheckpointIO
 from espalier.compression.captured import capture
 from espalier.compression.quantizer import OnnxRuntimeQuantizer, prepare
 from espalier.errors import ConfigError
 from espalier.measure.cost import count_macs, count_params
 from espalier.models.resnet import ResNet
+from espalier.spec import DataSpec
 
 CONF = Path(__file__).parents[2] / "conf"
 CALLS_PER_STEP = 25  # what a watching callback may cost
@@ -55,6 +57,9 @@ class Batches:
         for _ in range(self.num):
             time.sleep(self.delay)
             yield self.batch
+
+
+SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("a", "b", "c"), (1, 1, 1))
 
 
 class Net(L.LightningModule):
@@ -155,11 +160,16 @@ def test_every_option_builds_and_says_in_its_first_line_what_it_is(tmp_path):
         assert isinstance(instantiate(node, **supplied, _convert_="all"), L.Callback)
 
 
-def test_best_and_last_are_kept_under_these_names_alone(tmp_path):
-    node = composed(tmp_path).callbacks.checkpoint
-    keeper = instantiate(node, dirpath=tmp_path / "checkpoints", monitor="val/loss", mode="min", _convert_="all")
-    trainer(tmp_path, keeper, max_epochs=3).fit(Net(), Batches(2), Batches(1))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+@pytest.mark.parametrize(("mode", "is_best"), [("min", True), ("max", False)])
+def test_the_last_checkpoint_is_the_file_of_the_best_where_they_are_the_same(tmp_path, mode, is_best):
+    """The loss falls with every epoch."""
+    node, folder = composed(tmp_path).callbacks.checkpoint, tmp_path / "checkpoints"
+    keeper = instantiate(node, dirpath=folder, monitor="val/loss", mode=mode, _convert_="all")
+    trainer(tmp_path, keeper, max_epochs=3, plugins=[CheckpointIO({}, SPEC, [])]).fit(Net(), Batches(2), Batches(1))
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["SHA256SUMS", "best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert (folder / "best.ckpt").samefile(folder / "last.ckpt") == is_best
+    assert [saved(folder / name)["epoch"] for name in names[1:]] == [2 if is_best else 0, 2, 1]
 
 
 # --- exponential moving average -----------------------------------------------------------------------------------

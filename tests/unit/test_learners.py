@@ -173,7 +173,9 @@ class Watched(Classifier):
         return loss
 
 
-def fit(batch_size: int, num_batches: int, accumulate: int, kind: type[Classifier] = Classifier) -> L.Trainer:
+def fit(
+    batch_size: int, num_batches: int, accumulate: int, kind: type[Classifier] = Classifier, **knobs_of_trainer: Any
+) -> L.Trainer:
     """Two epochs of one linear layer on digits, plain SGD, in keyed order."""
     torch.manual_seed(0)
     data = Digits(batch_size, augment={}, seed=0)
@@ -191,6 +193,7 @@ def fit(batch_size: int, num_batches: int, accumulate: int, kind: type[Classifie
         enable_model_summary=False,
         use_distributed_sampler=False,
         **quiet,
+        **knobs_of_trainer,
     )
     trainer.fit(learner, data)
     return trainer
@@ -210,6 +213,35 @@ def test_accumulating_two_batches_is_a_batch_of_twice_the_size():
     for name in ("model.1.weight", "model.1.bias"):
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6)
     assert float(halves.callback_metrics["train/loss"]) == pytest.approx(float(whole.callback_metrics["train/loss"]))
+
+
+class ClippedTwice(Classifier):
+    """By Lightning, which takes the norm of the gradients again."""
+
+    configure_gradient_clipping = L.LightningModule.configure_gradient_clipping
+
+
+@pytest.mark.parametrize("algorithm", [None, "norm", "value"])
+def test_gradients_are_clipped_as_by_lightning(algorithm: str | None):
+    words = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
+    ours, theirs, free = (
+        trained.lightning_module.state_dict()
+        for trained in (fit(64, 6, 1, **words), fit(64, 6, 1, ClippedTwice, **words), fit(64, 6, 1))
+    )
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert not torch.allclose(ours["model.1.weight"], free["model.1.weight"])
+
+
+def test_the_norm_of_the_gradients_is_taken_once_a_step(monkeypatch: pytest.MonkeyPatch):
+    whole, count = torch._foreach_norm, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return whole(*args)
+
+    monkeypatch.setattr(torch, "_foreach_norm", counted)
+    assert fit(64, 6, 1, gradient_clip_val=0.01).global_step == count == 12
 
 
 def test_a_step_draws_the_same_random_numbers_wherever_it_is_run():

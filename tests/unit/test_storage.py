@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -49,8 +50,21 @@ def spoil(path: Path) -> None:
     path.write_bytes(whole)
 
 
+def full(file: int) -> None:
+    """Takes the place of `os.fsync` on a disk without room."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 class KilledError(BaseException):
     """Stands for a kill -9: nothing that catches errors catches it, and what `finally` mends is put back."""
+
+
+def verdicts(run: Path) -> list[str]:
+    """Of the standard tool."""
+    done = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=run / "checkpoints", capture_output=True, text=True, check=False
+    )
+    return done.stdout.split()
 
 
 def test_the_hashes_are_those_of_the_standard_tool(run: Path):
@@ -58,10 +72,7 @@ def test_the_hashes_are_those_of_the_standard_tool(run: Path):
     for number in range(3):
         save(run, number, io)
     save(run, 2, io, "best.ckpt")
-    done = subprocess.run(
-        ["sha256sum", "-c", "SHA256SUMS"], cwd=run / "checkpoints", capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == ["best.ckpt:", "OK", "last.ckpt:", "OK", "previous.ckpt:", "OK"]
+    assert verdicts(run) == ["best.ckpt:", "OK", "last.ckpt:", "OK", "previous.ckpt:", "OK"]
 
 
 def test_the_last_two_are_kept(run: Path):
@@ -127,14 +138,39 @@ def test_a_file_that_was_moved_away_from_its_hashes_is_read(run: Path, tmp_path:
     assert checkpoint.load("source", tmp_path / "alone.ckpt").content["global_step"] == 3
 
 
-@pytest.mark.parametrize("call", range(11))
+def test_a_second_name_is_as_good_as_a_second_writing(run: Path):
+    io = writer()
+    for number in (1, 2):
+        save(run, number, io)
+    save(run, 3, io, "best.ckpt")
+    for _ in range(2):  # a second time, too, when both names belong to one file already
+        io.save_again(run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt")
+        assert step(run) == 3
+        assert verdicts(run) == ["best.ckpt:", "OK", "last.ckpt:", "OK", "previous.ckpt:", "OK"]
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(
+            [*NAMES, "best.ckpt", "SHA256SUMS"]
+        )
+    save(run, 4, io, "best.ckpt")
+    assert step(run) == 3
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda run, io: save(run, 3, io),
+        lambda run, io: io.save_again(run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"),
+    ],
+    ids=["write", "link"],
+)
+@pytest.mark.parametrize("call", range(12))
 def test_a_kill_between_any_two_operations_leaves_a_last_one_that_reads_and_no_work_to_do(
-    run: Path, call: int, monkeypatch: pytest.MonkeyPatch
+    run: Path, call: int, way: Callable[[Path, CheckpointIO], None], monkeypatch: pytest.MonkeyPatch
 ):
     """Each operation that changes the folder is the last one in turn: open, sync, link, rename."""
     io, count = writer(), 0
     for number in (1, 2):
         save(run, number, io)
+    save(run, 3, io, "best.ckpt")
 
     def dying(whole):
         def operation(*args, **kwargs):
@@ -150,9 +186,10 @@ def test_a_kill_between_any_two_operations_leaves_a_last_one_that_reads_and_no_w
         for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "hardlink_to"), (Path, "open"), (Path, "unlink")):
             patch.setattr(owner, name, dying(getattr(owner, name)))
         with pytest.raises(KilledError):
-            save(run, 3, io)
+            way(run, io)
     last = checkpoint.load("resume", run / "checkpoints" / "last.ckpt")
     assert last.content["global_step"] in (2, 3)
+    assert checkpoint.load("source", run / "checkpoints" / "best.ckpt").content["global_step"] == 3
     for number in (4, 5):
         save(run, number)  # by the next process
     assert step(run) == 5
@@ -204,9 +241,6 @@ def test_a_checkpoint_in_the_background_holds_what_was_there_when_it_was_asked_f
 
 
 def test_an_error_in_the_background_ends_the_run_at_the_next_save(run: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(file: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     io = writer()
     io.is_asynchronous = True
     with monkeypatch.context() as patch:
@@ -214,6 +248,20 @@ def test_an_error_in_the_background_ends_the_run_at_the_next_save(run: Path, mon
         save(run, 1, io)
         with pytest.raises(EspalierError, match="No space left on device"):
             save(run, 2, io)
+
+
+def test_what_was_not_written_in_the_background_gets_no_second_name(run: Path, monkeypatch: pytest.MonkeyPatch):
+    io, best = writer(), run / "checkpoints" / "best.ckpt"
+    save(run, 1, io, "best.ckpt")
+    save(run, 2, io)
+    io.is_asynchronous = True
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        save(run, 3, io, "best.ckpt")
+        io.save_again(best, run / "checkpoints" / "last.ckpt")
+        with pytest.raises(EspalierError, match=r"best\.ckpt: not written, No space left on device"):
+            io.teardown()
+    assert step(run) == 2
 
 
 @pytest.mark.parametrize("address", ["memory://bucket/run", "file://{folder}/bucket/run"])

@@ -85,7 +85,12 @@ class BestAndLast(ModelCheckpoint):
         return trainer.strategy.broadcast(time.monotonic() - self._saved_at >= 60 * self.every_n_minutes)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+        saved, path = Path(self._last_checkpoint_saved), Path(filepath)
+        if self._last_global_step_saved != trainer.global_step or saved.parent != path.parent:
+            super()._save_checkpoint(trainer, filepath)
+        elif trainer.is_global_zero:  # the last is the best
+            checkpoint_io: Any = trainer.strategy.checkpoint_io
+            checkpoint_io.save_again(saved, path)
         self._saved_at = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -44,6 +44,7 @@ class Guard:
         self.lags = False
         self.step = 0  # optimizer steps so far, those before a resume included
         self.index = torch.empty(0)  # of the samples in the last batch, (B,)
+        self.norm: Tensor | None = None  # of the gradients at this step; None where the scaler has the say
         self._pending: Looked | None = None
 
     def look(self, loss: Tensor, norm: Tensor, rate: float) -> None:
@@ -53,7 +54,8 @@ class Guard:
             DivergedError: loss or gradient is not finite, here or, where it lags, in the step before.
         """
         self.step += 1
-        looked = (self.step, torch.stack((loss, norm)), rate, self.index)
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        looked = (self.step, torch.stack((loss, whole)), rate, self.index)
         if self.lags:
             self.settle()
             self._pending = looked
@@ -106,10 +108,10 @@ class Guard:
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:
-    """L2 norm of all gradients together, scalar; of all shards where they are sharded."""
+    """L2 norm of all gradients together, scalar; a DTensor where they are sharded."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if isinstance(gradients[0], DTensor):
-        return get_total_norm(gradients).full_tensor()  # type: ignore[attr-defined]
+        return get_total_norm(gradients)
     return torch.linalg.vector_norm(
         torch.stack(torch._foreach_norm(gradients))
     )  # as get_total_norm, in 4 calls, not 60

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
@@ -148,8 +149,18 @@ class Learner(L.LightningModule):
         if self._scales:
             loss = norm = self.trainer.strategy.reduce(loss, reduce_op="mean")
         else:
-            norm = gradient_norm(optimizer)
+            norm = self.guard.norm = gradient_norm(optimizer)
         self.guard.look(loss, norm, optimizer.param_groups[0]["lr"])
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip by the norm that the guard has looked at, which Lightning would compute once more."""
+        if self.guard.norm is None or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            clip_grads_with_norm_(parameters, gradient_clip_val, self.guard.norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Raise `StoppedError` if a signal has come to any process, once a resumed run can go on from here."""
