@@ -154,7 +154,7 @@ from espalier import checkpoint, cli
 saved = []
 whole = checkpoint.CheckpointIO.save_checkpoint
 def save_checkpoint(self, content, path, storage_options=None):
-    if len(saved) == 2:
+    if len(saved) == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
     whole(self, content, path, storage_options)
     saved.append(path)

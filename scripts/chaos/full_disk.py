@@ -3,8 +3,7 @@
     .venv/bin/python scripts/chaos/full_disk.py [--sizes 20]
 
 The disk is a tmpfs, so this wants Linux and the right to mount. After an epoch a file takes what is free, but for a
-part of what the next checkpoints need: nothing, or up to two of them (best and last). Once that file is gone, the same
-command goes on.
+part of what the next checkpoint needs. Once that file is gone, the same command goes on.
 """
 
 import argparse
@@ -83,7 +82,7 @@ def main() -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk], check=True)
         try:
             for number in range(chosen.sizes):
-                share = 2 * number / chosen.sizes
+                share = number / chosen.sizes
                 said, found = attempt(disk, first.folder, share, until - time.monotonic())
                 num_good += not found
                 print(f"{number + 1:3}: room for {share:.2f}: {said}{' NOT AS PROMISED: ' * bool(found)}", end="")

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import logging
 import subprocess
@@ -108,6 +109,41 @@ def test_the_file_is_right_after_every_save(tmp_path):
         assert [{key: text for key, text in row.items() if text} for row in rows(tmp_path)] == [
             expected[step] for step in sorted(expected)
         ]
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_a_kill_at_any_moment_of_a_save_leaves_the_rows_that_were_there(tmp_path, name):
+    """What is on disk is looked at before and after each call, of functions in C too."""
+    log, seen = CsvLog(tmp_path, "run"), []
+    for step in (10, 20):
+        log.log_metrics({"old": 0.5}, step)
+        log.save()
+    log.log_metrics({name: 0.5}, step=30)
+    sys.setprofile(lambda *_: seen.append([row["step"] for row in rows(tmp_path)]))
+    log.save()
+    sys.setprofile(None)
+    assert len(seen) > 20
+    assert all(steps in (["10", "20"], ["10", "20", "30"]) for steps in seen)
+
+
+def test_half_a_line_that_a_full_disk_took_is_gone_once_there_is_room(tmp_path, monkeypatch):
+    log = CsvLog(tmp_path, "run")
+    for step in (1, 2):
+        log.log_metrics({"a": 0.5}, step)
+        log.save()
+    log.log_metrics({"a": 0.5}, step=3)
+
+    def half_a_line(path: Path, mode: str) -> None:
+        with open(path, mode) as file:  # noqa: PTH123
+            file.write(b"3,")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", half_a_line)
+        with pytest.raises(OSError, match="No space"):
+            log.save()
+    log.save()
+    assert rows(tmp_path) == [{"step": step, "a": "0.5"} for step in "123"]
 
 
 def test_numbers_are_read_back_exactly(tmp_path):

@@ -6,6 +6,7 @@ Lightning's CSVLogger deletes the earlier rows when a run resumes, and writes on
 import csv
 import io
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ class CsvLog(Logger):
         self.columns = ["step"]
         self.rows: dict[int, Row] = {}  # by step, sorted
         self.is_open = False
-        self.settled = 0  # rows on disk that need no rewriting; 0: write the whole file
-        self.settled_bytes = 0
+        self.num_saved = 0  # rows that are on disk as they stand here; 0: write the whole file
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -41,14 +41,16 @@ class CsvLog(Logger):
         if not self.is_open:
             self._open(at)
         last = next(reversed(self.rows), at)
+        is_saved = at in self.rows and len(self.rows) == self.num_saved
         row = self.rows.setdefault(at, {"step": str(at)})
         if at < last:  # Lightning counts validation one step behind its epoch
             self.rows = dict(sorted(self.rows.items()))
-            self.settled = 0
+        if is_saved or at < last:
+            self.num_saved = 0
         for name, value in metrics.items():
             if name not in self.columns:
                 self.columns.append(name)
-                self.settled = 0
+                self.num_saved = 0
             if name != "epoch" or name not in row:  # a test after training counts one epoch more at the same step
                 row[name] = _text(value)
 
@@ -58,20 +60,22 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring the file up to date: append what is new, or rewrite it where a column was added."""
+        """Bring the file up to date: append rows, or write it anew where something in it changed.
+
+        A kill at any moment leaves each row that was there: it belongs to a checkpoint.
+        """
         if not self.is_open:
             return
-        if self.settled == 0:
-            self._rewrite()
-            return
-        rows = list(self.rows.values())
-        with self.file.open("r+b") as file:
-            file.truncate(self.settled_bytes)
-            file.seek(self.settled_bytes)
-            for row in rows[self.settled : -1]:
-                file.write(self._line(row))
-            self._settle(len(rows) - 1, file.tell())
-            file.write(self._line(rows[-1]))
+        num_saved, self.num_saved = self.num_saved, 0  # a disk that is full takes half a line
+        lines = [self._line(row) for row in islice(self.rows.values(), num_saved, None)]
+        if num_saved:
+            with self.file.open("ab") as file:
+                file.writelines(lines)
+        else:
+            draft = self.file.with_name(f".{NAME}.partial")  # one name: what a kill left is written over
+            draft.write_bytes(self._line({name: name for name in self.columns}) + b"".join(lines))
+            draft.replace(self.file)
+        self.num_saved = len(self.rows)
 
     def _open(self, step: int) -> None:
         """Take over the rows that an earlier process left, up to `step`."""
@@ -86,18 +90,6 @@ class CsvLog(Logger):
         for row in reader:
             if int(row["step"]) <= step:
                 self.rows[int(row["step"])] = {name: text for name, text in row.items() if text}
-
-    def _rewrite(self) -> None:
-        """The whole file, through a draft, so that a crash leaves the old one or the new one."""
-        *earlier, last = (self._line(row) for row in self.rows.values())
-        content = self._line({name: name for name in self.columns}) + b"".join(earlier)
-        draft = self.file.with_name(f".{NAME}.partial")  # one name: what a kill left is written over
-        draft.write_bytes(content + last)
-        draft.replace(self.file)
-        self._settle(len(earlier), len(content))
-
-    def _settle(self, rows: int, size: int) -> None:
-        self.settled, self.settled_bytes = rows, size
 
     def _line(self, row: Row) -> bytes:
         text = io.StringIO()
