@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("number", "part", "epoch", "batch", "step"),
     [
-        ("SIGTERM", "training_step", 0, 0, 1),  # the first batch; its step needs the second
+        pytest.param("SIGTERM", "training_step", 0, 0, 1, marks=pytest.mark.slow),  # its step needs the second batch
         pytest.param("SIGUSR1", "training_step", 1, 7, 13, marks=pytest.mark.slow),  # of 9 steps an epoch
         ("SIGINT", "training_step", 1, 16, 18),  # the last batch of an epoch: left in the validation after it
         pytest.param("SIGTERM", "validation_step", 1, 3, 18, marks=pytest.mark.slow),
@@ -81,20 +82,22 @@ def test_a_signal_stops_it_after_the_step_and_resume_is_bit_equal(
     assert_same(tmp_path / "run", unbroken)
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_of_them(tmp_path: Path):
-    done = signalled(tmp_path, "SIGUSR1", 1, 3, *WORDS, "strategy=ddp_cpu", "hydra.run.dir=run", rank=1)
-    assert done.returncode == 75
-    assert done.stderr.count("espalier: stopped by a signal to another process after step 6") == 1
-    resume(tmp_path)
-
-
-def test_a_signal_to_one_rank_that_validates_stops_all_of_them(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("part", "epoch", "batch", "step", "then"),
+    [
+        ("validation_step", 0, 1, 4, lambda folder: None),
+        pytest.param("validation_step", 0, 1, 4, resume, marks=pytest.mark.slow),
+        pytest.param("training_step", 1, 3, 6, resume, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_of_them(
+    tmp_path: Path, part: str, epoch: int, batch: int, step: int, then: Callable[[Path], None]
+):
     words = (*WORDS, "strategy=ddp_cpu", "hydra.run.dir=run")
-    done = signalled(tmp_path, "SIGTERM", 0, 1, *words, rank=1, part="validation_step")
+    done = signalled(tmp_path, "SIGTERM", epoch, batch, *words, rank=1, part=part)
     assert done.returncode == 75
-    assert done.stderr.count("espalier: stopped by a signal to another process after step 4") == 1
-    resume(tmp_path)
+    assert done.stderr.count(f"espalier: stopped by a signal to another process after step {step}") == 1
+    then(tmp_path)
 
 
 def test_slurm_is_asked_for_another_turn_and_the_same_command_goes_on(tmp_path: Path, unbroken: Path):
