@@ -66,7 +66,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param("SIGTERM", "training_step", 0, 0, 1, marks=pytest.mark.slow),  # its step needs the second batch
         pytest.param("SIGUSR1", "training_step", 1, 7, 13, marks=pytest.mark.slow),  # of 9 steps an epoch
-        ("SIGINT", "training_step", 1, 16, 18),  # the last batch of an epoch: left in the validation after it
+        # The last batch of an epoch: left in the validation after it.
+        pytest.param("SIGINT", "training_step", 1, 16, 18, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "validation_step", 1, 3, 18, marks=pytest.mark.slow),
         ("SIGUSR1", "validation_step", 2, 0, 27),  # nothing but validation is left to do
     ],
