@@ -11,6 +11,7 @@ from conftest import Command, launch, run_in
 from espalier.learners.guard import Guard
 from espalier.learners.learner import Learner
 from espalier.measure import report
+from harm import harmed
 
 MLP = ("model=mlp", "model.hidden=[16]", "logger=[csv]", "callbacks=[checkpoint,monitor]")
 NUM_BATCHES = 17  # per epoch: 1,151 training samples in batches of 64
@@ -18,29 +19,8 @@ NUM_BATCHES = 17  # per epoch: 1,151 training samples in batches of 64
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
-class Overflow(torch.autograd.Function):
-    """The identity, whose gradient is infinite."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient * torch.inf
-
-
 def harm_at(patch: pytest.MonkeyPatch, step: int, harm: str) -> None:
-    """Spoil the loss, or its gradient alone, of this optimizer step, counted from 1."""
-    whole = Learner.objective
-
-    def objective(self: Learner, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
-        loss = whole(self, x, output, y)
-        if self.trainer.global_step + 1 != step:
-            return loss
-        return Overflow.apply(loss) if harm == "gradient" else loss * float(harm)
-
-    patch.setattr(Learner, "objective", objective)
+    patch.setattr(Learner, "objective", harmed(Learner.objective, step, harm))
 
 
 def weights(path: Path) -> dict[str, Tensor]:

@@ -84,18 +84,18 @@ def test_a_signal_stops_it_after_the_step_and_resume_is_bit_equal(
 
 
 @pytest.mark.parametrize(
-    ("part", "epoch", "batch", "step", "then"),
+    ("number", "part", "epoch", "batch", "step", "then"),
     [
-        ("validation_step", 0, 1, 4, lambda folder: None),
-        pytest.param("validation_step", 0, 1, 4, resume, marks=pytest.mark.slow),
-        pytest.param("training_step", 1, 3, 6, resume, marks=pytest.mark.slow),
+        ("SIGTERM", "validation_step", 0, 1, 4, lambda folder: None),
+        pytest.param("SIGTERM", "validation_step", 0, 1, 4, resume, marks=pytest.mark.slow),
+        pytest.param("SIGUSR1", "training_step", 1, 3, 6, resume, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_of_them(
-    tmp_path: Path, part: str, epoch: int, batch: int, step: int, then: Callable[[Path], None]
+    tmp_path: Path, number: str, part: str, epoch: int, batch: int, step: int, then: Callable[[Path], None]
 ):
     words = (*WORDS, "strategy=ddp_cpu", "hydra.run.dir=run")
-    done = signalled(tmp_path, "SIGTERM", epoch, batch, *words, rank=1, part=part)
+    done = signalled(tmp_path, number, epoch, batch, *words, rank=1, part=part)
     assert done.returncode == 75
     assert done.stderr.count(f"espalier: stopped by a signal to another process after step {step}") == 1
     then(tmp_path)

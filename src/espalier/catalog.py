@@ -4,6 +4,7 @@ from pathlib import Path
 
 PACKAGED = Path(__file__).parent / "conf"  # inside a wheel
 CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
+TRAINS = ("train", "compress")  # the tasks that train: they take a recipe, and are stopped, resumed and requeued
 
 
 def groups() -> dict[str, list[str]]:

@@ -290,7 +290,7 @@ def _num_cpus(cfg: "DictConfig", task: str) -> int:
     """
     trainer = cfg.trainer
     is_told = trainer.accelerator == "cpu" and trainer.num_nodes == 1 and isinstance(trainer.devices, int)
-    num_devices: int = trainer.devices if is_told and task in signals.TRAINS else 1
+    num_devices: int = trainer.devices if is_told and task in catalog.TRAINS else 1
     return num_devices if 1 < num_devices <= max(2, os.cpu_count() or 1) else 1
 
 

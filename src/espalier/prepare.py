@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from espalier import checkpoint, description, runs, secret
+from espalier.catalog import TRAINS
 from espalier.checkpoint import Checkpoint
 from espalier.compression.base import check_recipe
 from espalier.config import check_lists
@@ -22,7 +23,7 @@ from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
 from espalier.learners.interrupt import JOB
-from espalier.run import EVALUATED, TAKES_RECIPE, Run
+from espalier.run import EVALUATED, Run
 from espalier.targets import check
 
 REPLICATED = "espalier.learners.replication.Replicated"
@@ -71,9 +72,9 @@ def _check_interpolations(cfg: DictConfig) -> None:
 
 
 def _check_combination(cfg: DictConfig, task: str) -> None:
-    if cfg.resume and task not in TAKES_RECIPE:
+    if cfg.resume and task not in TRAINS:
         raise ConfigError(f"resume={cfg.resume}: only what trains resumes; {task} takes source=RUN")
-    if cfg.compression and task not in TAKES_RECIPE:
+    if cfg.compression and task not in TRAINS:
         raise ConfigError(
             f"compression=[{','.join(cfg.compression)}]: {task} measures; say espalier compress source=RUN"
         )

@@ -25,6 +25,7 @@ from espalier import checkpoint, secret, seeding
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
+from espalier.catalog import TRAINS
 from espalier.checkpoint import Checkpoint, CheckpointIO
 from espalier.compression.base import (
     Compression,
@@ -61,7 +62,6 @@ for not_for_users in (
 
 COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
 EVALUATED = (COMPRESSED, "best.ckpt", *RESUMED)  # what `source=FOLDER` means, in this order
-TAKES_RECIPE = ("train", "compress")
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
 
@@ -357,7 +357,7 @@ class Run:
     def _draw(self, rows: list[dict[str, Any]]) -> None:
         folder = self.folder / "figures"
         folder.mkdir(exist_ok=True)
-        if (self.folder / "metrics.csv").exists() and self.task in TAKES_RECIPE:
+        if (self.folder / "metrics.csv").exists() and self.task in TRAINS:
             figures.curves(self.folder / "metrics.csv", folder / "curves.png")
         if self.task == "compress":
             figures.trade_off(rows, folder / "trade_off.png")

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from espalier.catalog import TRAINS
 from espalier.errors import EspalierError, StoppedError
 from espalier.learners.interrupt import SIGNALS
 
 RETRY_SECONDS = 0.05  # while modules are imported: what is raised there leaves half of one, or is swallowed
 IMPORT_SECONDS = 1.0  # for an import to end; that of Lightning takes longer, and nothing is lost with it
 PATIENCE_SECONDS = 6.0  # until a process that has not come to an end, as something swallowed the signal, is ended
-TRAINS = ("train", "compress")  # tasks that a scheduler may stop and start again
 HANDLES_SIGNALS = ("serve",)
 
 Handler = Callable[[int, FrameType | None], None]

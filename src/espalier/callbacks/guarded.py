@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from lightning.fabric.loggers.logger import _DummyExperiment
@@ -68,8 +67,11 @@ class Guarded(Logger):
 
     def finalize(self, status: str) -> None:
         """Where the run has failed, a full disk has been said already."""
-        with suppress(*[OSError] if status == "failed" else []):
+        try:
             self.call("finalize", status)
+        except OSError:
+            if status != "failed":
+                raise
 
     def close(self) -> None:
         """End of the run: nothing more will be logged. Lightning's `finalize` comes after each fit and each test."""
