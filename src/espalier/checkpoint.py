@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from espalier import archive, description, runs, storage
 from espalier.compression.base import Entry
+from espalier.config import typed
 from espalier.errors import ConfigError, EspalierError
 from espalier.spec import DataSpec
 
@@ -155,7 +156,7 @@ class CheckpointIO(TorchCheckpointIO):
             what_to_do = "Make room" if error.errno in storage.DISK_IS_FULL else "Mend that"
             raise EspalierError(
                 f"{target}: not written, {error.strerror}; what was there before is whole. "
-                f"{what_to_do}, then go on with: espalier train resume={target.parent.parent}"
+                f"{what_to_do}, then go on with: espalier train {typed('resume', target.parent.parent)}"
             ) from error
         if self.mirror:
             try:

@@ -12,12 +12,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import catalog, guide, launch, secret, signals
+from espalier import catalog, guide, launch, ownership, secret, signals, terminal
 from espalier.errors import ConfigError, EspalierError, StoppedError
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ TAKES_VALUE = frozenset(
 )
 FLAGS = TAKES_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version"}
 NOT_RESULTS = frozenset({"run.log", "config.yaml", "overrides.yaml", "provenance.json"})
+LEAVES_NOTHING = ("serve",)  # tasks that take over no folder
 TRIALS_FAILED = 3
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 STARTS_PROCESSES = {"ddp": "ddp", "replicated": "ddp", "fsdp": "fsdp", "sharded": "fsdp"}  # in the name of a strategy
 
@@ -40,6 +43,7 @@ def main() -> None:
 
     Its exit code is 0 done, 1 failed, 2 bad input, 3 failed trials, 4 diverged, 75 stopped, 130 interrupted.
     """
+    terminal.keep_open()
     secret.watch_output()
     logging.raiseExceptions = False  # a log file on a full disk would cost two tracebacks
     _choose_wait_policy()
@@ -106,11 +110,14 @@ def _compose_and_run() -> int:
     _refuse_unsafe_loading()
     flags, words = _split_flags(sys.argv[1:])
     secret.refuse(words)
+    global _may_begin_again
+    _may_begin_again = "resume=auto" in words
     words = _settle_runs(words)
     sys.argv[1:] = [*flags, *words]  # argparse takes no overrides on both sides of a flag
     multirun = bool({"-m", "--multirun"} & set(flags))
     if multirun:
         _check_trials(words)
+    _require_unused(words, multirun=multirun)
     _ended.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit 1; we translate and choose the code
     application = hydra.main(config_path=str(catalog.CONF), config_name="config", version_base="1.3")(_job)
@@ -152,32 +159,36 @@ def _split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _settle_runs(words: Sequence[str]) -> list[str]:
     """Name RUNs by their absolute path, so that DDP children agree, and send a resumed run to its own folder."""
-    from espalier import runs
+    from espalier import config, runs
 
     if "resume=auto" in words:
         begun = runs.begun(words)
         dropped = ("resume=", "source=") if begun else ("resume=",)  # a run that goes on has its source's weights
-        words = [word for word in words if not word.startswith(dropped)] + ([f"resume='{begun}'"] if begun else [])
+        words = [word for word in words if not word.startswith(dropped)]
+        words += [f"resume={config.quoted(str(begun))}"] if begun else []
     settled = list(words)
     task = next((word.removeprefix("task=") for word in words if word.startswith("task=")), "")
     holds = runs.BUNDLE if task in runs.TAKES_BUNDLE else "report.json" if task == "report" else "checkpoints"
     for place, word in enumerate(words):
         key, _, value = word.partition("=")
         if key == "resume" and value not in ("", "null"):
-            path = runs.find(key, value.strip("'\"")).resolve()
+            path = runs.find(key, config.unquoted(value)).resolve()
             path = path.parent.parent if path.is_file() else path
-            settled[place] = f"{key}='{path}'"
-            settled.append(f"hydra.run.dir='{path}'")
+            settled[place] = f"{key}={config.quoted(str(path))}"
+            settled.append(f"hydra.run.dir={config.quoted(str(path))}")
         if key == "source" and value not in ("", "null"):
-            paths = [_find(run, holds).resolve() for run in runs.split(value.strip("'\""))]
-            between = "," if task in runs.TAKES_SEVERAL else "','"  # else Hydra is told of a sweep, and asks for -m
-            settled[place] = f"{key}='{between.join(map(str, paths))}'"
+            named = [config.unquoted(run) for run in runs.split(config.unquoted(value))]
+            paths = [str(_find(run, holds).resolve()) for run in named]
+            several = [",".join(paths)] if task in runs.TAKES_SEVERAL else paths  # else Hydra asks for -m
+            settled[place] = f"{key}={','.join(map(config.quoted, several))}"
+        if key in FOLDERS:
+            settled[place] = config.folder_word(key, value)
     if _rank() > 0:
         settled.append("hydra/job_logging=none")
         if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
             own = tempfile.mkdtemp(prefix="espalier_rank_")
             atexit.register(shutil.rmtree, own, ignore_errors=True)
-            settled += [f"hydra.run.dir={own}", f"hydra.sweep.dir={own}"]
+            settled += [f"{key}={config.quoted(own)}" for key in FOLDERS]
     return settled
 
 
@@ -189,6 +200,32 @@ def _find(source: str, holds: str | Path) -> Path:
     from espalier import remote
 
     return remote.fetch("source", source)
+
+
+def _require_unused(words: Sequence[str], *, multirun: bool) -> None:
+    """Refuse a folder that another run has filled before Hydra writes there; `_owned` looks once more."""
+    from espalier import config
+
+    said = dict(word.split("=", 1) for word in words if "=" in word)
+    folder = Path(config.unquoted(said.get(FOLDERS[multirun], "")))
+    if said.get("resume", "null") not in ("", "null") or not folder.is_dir() or folder == Path():
+        return
+    for each in [trial for trial in folder.iterdir() if trial.is_dir()] if multirun else [folder]:
+        _refuse_used(each, said.get("task", "train"), is_trial=multirun)
+
+
+def _refuse_used(folder: Path, task: str, *, is_trial: bool) -> None:
+    """Raise `ConfigError` where a run of this process would overwrite another; ranks of a run share one folder."""
+    is_first = _rank() == 0 and not launch.is_rank()
+    if task not in LEAVES_NOTHING and (is_first or (task in catalog.TRAINS and not launch.is_rank())):
+        ownership.require_unused(folder, task, may_begin_again=_may_begin_again, is_trial=is_trial)
+
+
+def _owned(folder: Path, task: str, *, is_resumed: bool, is_trial: bool) -> AbstractContextManager[None]:
+    """Lock the folder of a run, by the first of its processes, and look whether another was quicker."""
+    if task in LEAVES_NOTHING or _rank() > 0 or launch.is_rank():
+        return nullcontext()
+    return ownership.locked(folder, None if is_resumed else lambda: _refuse_used(folder, task, is_trial=is_trial))
 
 
 def _check_trials(words: Sequence[str]) -> None:
@@ -227,6 +264,7 @@ class Ended:
 
 
 _ended: list[Ended] = []
+_may_begin_again = False  # resume=auto: what ended before its first checkpoint is overwritten
 
 
 def _job(cfg: "DictConfig") -> float | None:
@@ -248,18 +286,21 @@ def _job(cfg: "DictConfig") -> float | None:
     error: Exception | None = None
     task = str(job.runtime.choices["task"])
     is_numbered = is_trial or any(name in os.environ for name in launch.LAUNCHERS)
+    if _rank() == 0:
+        terminal.say_when_closed(f"espalier: nobody reads what is printed any more; {task} goes on in {folder}")
     try:
-        num_ranks = 1 if is_numbered else _num_cpus(cfg, task)
-        if num_ranks == 1:
-            from espalier.prepare import num_processes, prepare
+        with _owned(folder, task, is_resumed=bool(cfg.resume), is_trial=is_trial):
+            num_ranks = 1 if is_numbered else _num_cpus(cfg, task)
+            if num_ranks == 1:
+                from espalier.prepare import num_processes, prepare
 
-            run = prepare(cfg, words, folder, task)
-            num_ranks = 1 if is_numbered else num_processes(run)
-        if num_ranks > 1:
-            run = None  # may hold weights
-            launch.launch(_words_for_ranks(folder), num_ranks)
-        elif run:
-            objective = run.perform()
+                run = prepare(cfg, words, folder, task)
+                num_ranks = 1 if is_numbered else num_processes(run)
+            if num_ranks > 1:
+                run = None  # may hold weights
+                launch.launch(_words_for_ranks(folder), num_ranks)
+            elif run:
+                objective = run.perform()
     except signals.Signalled as signalled:
         signalled.has_trained = run is not None and run.has_trained
         if not signalled.has_trained:
@@ -296,8 +337,10 @@ def _num_cpus(cfg: "DictConfig", task: str) -> int:
 
 def _words_for_ranks(folder: Path) -> list[str]:
     """The command line as this process has settled it, and the folder that all of them share."""
-    shared = str(folder.resolve()).replace("'", "\\'")
-    return [*sys.argv[1:], f"hydra.run.dir='{shared}'", *({"--traceback"} & set(sys.orig_argv))]
+    from espalier import config
+
+    shared = config.quoted(str(folder.resolve()))
+    return [*sys.argv[1:], f"hydra.run.dir={shared}", *({"--traceback"} & set(sys.orig_argv))]
 
 
 def _print_traceback() -> None:
@@ -306,16 +349,15 @@ def _print_traceback() -> None:
 
 def _discard_if_empty(folder: Path) -> None:
     """A run that never started leaves no folder behind."""
-    if _rank() == 0 and folder.exists() and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
+    is_ours = folder.exists() and folder.resolve() not in (Path.cwd(), *Path.cwd().parents)
+    if _rank() == 0 and is_ours and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
         shutil.rmtree(folder)
 
 
 def _report_trials() -> int:
-    from rich.console import Console
-
     from espalier.measure import report
 
-    Console().print(report.trials([(trial.folder, trial.words, trial.outcome) for trial in _ended]))
+    terminal.console().print(report.trials([(trial.folder, trial.words, trial.outcome) for trial in _ended]))
     return TRIALS_FAILED if any(trial.error for trial in _ended) else 0
 
 

@@ -4,7 +4,10 @@
 a misspelt word is answered in under a second.
 """
 
+import os
+import re
 import secrets
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -14,7 +17,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +26,8 @@ from espalier.catalog import CONF, groups
 from espalier.errors import ConfigError
 
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)  # what composing raises
+TEXTS = ("source", "resume", "hydra.run.dir", "hydra.sweep.dir")  # keys whose value is text, quoted or not
+WITH_MEANING = ("", "null", "auto", "latest")  # values of those keys that name no path
 
 
 @dataclass
@@ -61,6 +66,49 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(*diagnose(overrides, error)) from error
 
 
+def quoted(text: str) -> str:
+    """Return the value of an override that Hydra reads as exactly this text."""
+    safe = re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", text)  # or it would be an interpolation
+    return str(QuotedString(safe, Quote.single).with_quotes())
+
+
+def unquoted(value: str) -> str:
+    """Return the text that the value of an override stands for: what is in its quotes, or the value as it is."""
+    if len(value) < 2 or value[0] not in "'\"" or value[0] != value[-1]:
+        return value
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:
+        return value
+    return re.sub(r"(\\+)\$\{", lambda found: f"{found[1][len(found[1]) // 2 + 1 :]}${{", str(parsed))
+
+
+def at_home(path: str) -> str:
+    """Return the path with its `~` replaced, which a shell does at the beginning of a word alone."""
+    return os.path.expanduser(path)  # noqa: PTH111  Path's raises for ~nobody
+
+
+def folder_word(key: str, value: str) -> str:
+    """Return `KEY=VALUE` of a folder as Hydra reads it; `~` is the home, and `${...}` stays an interpolation."""
+    if value in WITH_MEANING:
+        return f"{key}={value}"
+    if "${" not in value:
+        return f"{key}={quoted(at_home(unquoted(value)))}"
+    value = at_home(value)
+    try:
+        OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return f"{key}={value}"
+
+
+def typed(key: str, value: object) -> str:
+    """Return `KEY=VALUE` as one types it into a shell, whatever text the value is."""
+    text = str(value)
+    is_plain = key in TEXTS and unquoted(text) == text and "${" not in text and text not in WITH_MEANING
+    return shlex.quote(f"{key}={text if is_plain else quoted(text)}")
+
+
 def _compose(overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="espalier"):
         return hydra_compose("config", list(overrides))
@@ -85,7 +133,7 @@ def diagnose(overrides: Sequence[str], error: Exception) -> list[str]:
 
 def _explain(text: str, good: Sequence[str], why: Exception) -> str:
     if isinstance(why, OverrideParseException):
-        return f"{text}: not of the form KEY=VALUE"
+        return _malformed(text)
     override = OverridesParser.create().parse_override(text)
     key = str(override.key_or_group)
     if isinstance(why, MissingConfigException) and key in groups():
@@ -99,6 +147,17 @@ def _explain(text: str, good: Sequence[str], why: Exception) -> str:
     if key not in known:
         return f"{key}: no such key{nearest(key, known)}"
     return f"{text}: {_first_sentence(why)}"
+
+
+def _malformed(text: str) -> str:
+    """Say what is wrong with a word that Hydra cannot parse, and how to quote it if that is all it lacks."""
+    key, equals, value = text.partition("=")
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={quoted(value)}") if equals else None
+    except HydraException:
+        parsed = None
+    hint = f"; if {value} is a text, quote it: {typed(key, value)}" if parsed else ""
+    return f"{text}: not of the form KEY=VALUE{hint}"
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -135,7 +194,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
-        raise ConfigError(f"{error.override}: not of the form KEY=VALUE") from error
+        raise ConfigError(_malformed(str(error.override))) from error
 
 
 def check_lists(overrides: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.config import typed
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec
 
@@ -59,7 +60,7 @@ def require_state(key: str, path: Path, content: Mapping[str, Any]) -> None:
     wrong = [name for name, kind in STATE.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise ConfigError(
-            f"{key}={path}: holds no {wrong[0]}, so nothing goes on from it; start anew with source={path}"
+            f"{key}={path}: holds no {wrong[0]}, so nothing goes on from it; start anew with {typed('source', path)}"
         )
 
 

@@ -4,7 +4,9 @@ import re
 from importlib import import_module
 from types import ModuleType
 
-CONTROL = re.compile(r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # would speak to the terminal, or break a line
+CONTROL = re.compile(  # would speak to the terminal, break a line, turn the reading direction, or cannot be encoded
+    r"[\0-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class EspalierError(Exception):

@@ -18,7 +18,7 @@ from espalier import checkpoint, description, runs, secret
 from espalier.catalog import TRAINS
 from espalier.checkpoint import Checkpoint
 from espalier.compression.base import check_recipe
-from espalier.config import check_lists
+from espalier.config import check_lists, typed
 from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
@@ -91,7 +91,9 @@ def _source(reference: str, task: str) -> Checkpoint | Bundle:
     path = runs.find("source", reference)
     exported = runs.bundle_in(path)
     if exported is None and task in runs.TAKES_BUNDLE:
-        raise ConfigError(f"source={reference}: holds no exported bundle; make one: espalier export source={reference}")
+        raise ConfigError(
+            f"source={reference}: holds no exported bundle; make one: espalier export {typed('source', reference)}"
+        )
     if exported is not None and not (task in runs.READS_BUNDLE or task in runs.TAKES_BUNDLE):
         raise ConfigError(f"source={reference}: {task} needs the trained RUN, not the bundle that was exported from it")
     stored: Checkpoint | Bundle

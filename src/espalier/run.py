@@ -18,10 +18,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor, nn
 
-from espalier import checkpoint, secret, seeding
+from espalier import checkpoint, secret, seeding, terminal
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
@@ -241,14 +240,14 @@ class Run:
         return secret.scrub_tree(OmegaConf.to_container(self.cfg, resolve=True))
 
     def perform(self) -> float | None:
-        """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint.
+        """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint of a training.
 
         Raises:
             EspalierError: memory or disk did not suffice, or the training diverged.
         """
         try:
             instantiate(self.cfg.task, _partial_=True)(self)
-            return self.best_score
+            return self.best_score if self.has_trained else None
         except StoppedError:
             if self.cfg.requeue and is_first_rank():
                 requeue()
@@ -334,6 +333,8 @@ class Run:
         if not is_first_rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.resumed:
+            (self.folder / "metrics.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         OmegaConf.save(OmegaConf.create(self._plain_config()), self.folder / "config.yaml")
         OmegaConf.save(OmegaConf.create(secret.scrub_words(self.words)), self.folder / "overrides.yaml")
         (self.folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
@@ -349,7 +350,7 @@ class Run:
             for logger in self.loggers:
                 log_report(logger, done)
             report.write(done, self.folder)  # last: a folder with a report is a finished run
-            console = Console()
+            console = terminal.console()
             console.print(report.table(done, console.width))
             self.say(f"report: {self.folder / report.MARKDOWN_NAME}")
         return done
@@ -372,7 +373,7 @@ class Run:
     def say(self, line: str) -> None:
         """One line for the user, from the first rank alone."""
         if is_first_rank():
-            Console(highlight=False, soft_wrap=True).print(line)
+            terminal.console(soft_wrap=True).print(terminal.printable(line))
 
 
 def is_first_rank() -> bool:

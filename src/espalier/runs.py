@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from espalier import secret
-from espalier.config import RunConfig, parse
+from espalier.config import RunConfig, at_home, parse, unquoted
 from espalier.errors import ConfigError
 
 LOGS = Path("logs")
@@ -28,7 +28,13 @@ NETWORK = ("data", "model", "learner")  # what decides which weights fit
 
 def split(source: str) -> list[str]:
     """The RUNs of `A,B,C`; a path that exists is one, commas and all."""
-    return [source] if Path(source).exists() else source.split(",")
+    pieces, found = source.split(","), []
+    while pieces:
+        ends = [end for end in range(len(pieces), 1, -1) if Path(at_home(",".join(pieces[:end]))).exists()]
+        end = ends[0] if ends else 1
+        found.append(",".join(pieces[:end]))
+        pieces = pieces[end:]
+    return found
 
 
 def find(key: str, run: str, holds: str | Path = "checkpoints") -> Path:
@@ -45,7 +51,7 @@ def find(key: str, run: str, holds: str | Path = "checkpoints") -> Path:
         return max(finished, key=lambda folder: (folder / "report.json").stat().st_mtime)
     if "://" in run:
         raise ConfigError(f"{key}={run}: an address; only source=ADDRESS, of a checkpoint file, is fetched")
-    path = Path(run)
+    path = Path(at_home(run))
     if not path.exists():
         raise ConfigError(f"{key}={run}: no such run folder or checkpoint file")
     return path
@@ -55,12 +61,17 @@ def begun(words: Sequence[str]) -> Path | None:
     """What `resume=auto` stands for: the folder of `hydra.run.dir` if it can be resumed, None if all begins there.
 
     Raises:
-        ConfigError: the words name no such folder.
+        ConfigError: the words name no such folder, or make it of other things than the environment.
     """
-    folders = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("hydra.run.dir=")]
+    folders = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
     if not folders:
         raise ConfigError("resume=auto: needs a folder that is the same each time; add hydra.run.dir=FOLDER")
-    folder = Path(folders[-1])
+    try:
+        folder = Path(at_home(OmegaConf.create({"folder": unquoted(folders[-1])}).folder))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"resume=auto: needs a folder that is the same each time, not hydra.run.dir={folders[-1]}"
+        ) from error
     return folder if any((folder / "checkpoints" / name).is_file() for name in RESUMED) else None
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from espalier import terminal
 from espalier.measure.report import duration
 from espalier.ranges import Positive
 
@@ -24,7 +24,7 @@ class Progress(L.Callback):
 
     def __init__(self, refreshes_per_second: Positive) -> None:
         self.interval = 1 / refreshes_per_second
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = terminal.console(soft_wrap=True)
         self.is_shown = True
         self.bar: RichProgress | None = None  # present while a loop runs on a terminal
         self.due = 0.0  # when to redraw
@@ -94,11 +94,11 @@ class Progress(L.Callback):
             return
         if self.bar is None:
             self.bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 console=self.console,
                 auto_refresh=False,
                 transient=True,

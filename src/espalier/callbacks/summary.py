@@ -6,10 +6,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
+from espalier import terminal
 from espalier.measure.cost import FLOPS_PER_MAC, count_params, counting
 from espalier.measure.report import si
 from espalier.ranges import Count
@@ -93,10 +94,11 @@ class Summary(L.Callback):
         model, sample = pl_module.model, pl_module.example_input_array
         assert isinstance(model, nn.Module)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) or not isinstance(sample, Tensor):
-            Console().print(f"{type(model).__name__}: {si(count_params(model))} parameters")  # one rank cannot run it
+            name = type(model).__name__  # one rank alone cannot run it
+            terminal.console().print(f"{name}: {si(count_params(model))} parameters")
             return
         device = next((parameter.device for parameter in model.parameters()), sample.device)
-        Console().print(table(parts(model, sample[:1].to(device), self.depth)))
+        terminal.console().print(table(parts(model, sample[:1].to(device), self.depth)))
 
 
 def table(lines: list[Part]) -> Table:
@@ -107,5 +109,5 @@ def table(lines: list[Part]) -> Table:
     for header, footer in zip(("part", "type", "output", "params", "MACs"), total, strict=True):
         grid.add_column(header, footer, justify="right" if header in {"params", "MACs"} else "left")
     for part in children:
-        grid.add_row(*part.cells)
+        grid.add_row(*(Text(terminal.printable(cell)) for cell in part.cells))
     return grid

@@ -10,11 +10,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from espalier import seeding
+from espalier import seeding, terminal
 from espalier.explain import base, quality
 from espalier.explain.base import Setting
 from espalier.explain.shown import Shown
@@ -47,7 +46,7 @@ def attribute(
     name: str, model: nn.Module, shown: Shown, places: Sequence[int], setting: Setting
 ) -> tuple[Tensor, list[float]]:
     """Maps of the samples at these places, and the seconds each took; a sample's seed follows from its index."""
-    console = Console()
+    console = terminal.console()
     maps: list[Tensor] = []
     seconds: list[float] = []
     for place in track(places, name, console=console, transient=True, disable=not console.is_terminal):

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
+from espalier.config import typed
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError, StoppedError
 from espalier.learners.guard import Guard, gradient_norm
@@ -188,7 +189,7 @@ class Learner(L.LightningModule):
 
     def _stop(self) -> None:
         last = self.save_last()
-        saved = f"go on with: espalier train resume={last.parent.parent}" if last else NOTHING_SAVED
+        saved = f"go on with: espalier train {typed('resume', last.parent.parent)}" if last else NOTHING_SAVED
         raise StoppedError(f"stopped by {self.interrupt.name} after step {self.trainer.global_step}; {saved}")
 
     def save_last(self) -> Path | None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from espalier import terminal
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 from espalier.learners.learner import Learner
@@ -130,7 +131,7 @@ def class_table(scores: Sequence[ClassScore]) -> Table:
         grid.add_column(name, justify="right")
     for score in shown:
         shares = (f"{share:.4f}" for share in (score.precision, score.recall, score.f1))
-        grid.add_row(Text(score.name), *shares, f"{score.support:,}")
+        grid.add_row(Text(terminal.printable(score.name)), *shares, f"{score.support:,}")
     return grid
 
 

@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from espalier import terminal
 from espalier.spec import Report
 
 JSON_NAME = "report.json"
@@ -59,7 +60,7 @@ def table(report: Report, width: int = TABLE_WIDTH) -> RenderableType:
         if starts_costs or of_others or _width({**names, **grids[-1], header: cells}) > width:
             grids.append({})
         grids[-1][header] = cells
-    remarks = [Text(line, style="dim") for line in _remarks(report)]
+    remarks = [Text(terminal.printable(line), style="dim") for line in _remarks(report)]
     return Group(*[grid_of(_without_empty_rows(names, columns)) for columns in grids if columns], *remarks)
 
 
@@ -215,9 +216,10 @@ def grid_of(columns: Mapping[str, Sequence[str]]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header, cells in columns.items():
         is_numeric = header != "" and all(cell == MISSING or cell.lstrip("-")[:1].isdigit() for cell in cells)
-        grid.add_column(Text(header), justify="right" if is_numeric else "left", style="bold" if header == "" else "")
+        title, style = Text(terminal.printable(header)), "bold" if header == "" else ""
+        grid.add_column(title, justify="right" if is_numeric else "left", style=style)
     for cells in zip(*columns.values(), strict=True):
-        grid.add_row(*(Text(cell) for cell in cells))
+        grid.add_row(*(Text(terminal.printable(cell)) for cell in cells))
     return grid
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from espalier import terminal
 from espalier.data.loaders import Loader
 from espalier.errors import ConfigError
 from espalier.measure import prediction_files
@@ -101,7 +101,7 @@ def _consecutive(
 @contextmanager
 def progress(num_rows: int, done: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, nothing elsewhere; the function that it gives is told how many rows are written."""
-    console = Console()
+    console = terminal.console()
     parts = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=num_rows, completed=done)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
+from espalier import terminal
 from espalier.compression.base import conversion, finalize, is_quantized
 from espalier.data.module import Split
 from espalier.errors import ConfigError
@@ -63,7 +63,7 @@ def evaluate(
         notes.append(f"predictions: {prediction_files.write(found, predictions, run.folder).name}")
     report = run.publish(rows, notes)
     if found.spec.num_classes:
-        Console(highlight=False).print(answers.class_table(answers.per_class(found)))
+        terminal.console().print(answers.class_table(answers.per_class(found)))
     return report
 
 

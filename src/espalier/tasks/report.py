@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
-from espalier import runs
+from espalier import runs, terminal
 from espalier.errors import ConfigError
 from espalier.measure import comparison, frontier, page
 from espalier.measure import report as tables
@@ -42,7 +40,7 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
         frontier.pareto(points, metric, size, run.folder / "figures" / "pareto.png")
     differing = comparison.differences(entries)
     if differing:
-        Console().print(tables.grid_of(differing))
+        terminal.console().print(tables.grid_of(differing))
     done = run.publish(rows + means, notes)
     metrics, costs = tables.columns_of(done)
     measured = metrics | costs

@@ -1,0 +1,80 @@
+"""What is printed: text as it is, on a terminal, into a file or into a pipe that nobody reads any more.
+
+Names of folders, classes and options are the user's or a stranger's: no bracket in them is markup, no word between
+colons an emoji, no byte a command to the terminal.
+"""
+
+import errno
+import io
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from espalier.errors import CONTROL
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from rich.console import Console
+
+IS_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe; the terminal
+FORGIVING = {"stdout": "replace", "stderr": "backslashreplace"}  # letters that the encoding lacks
+STANDARD = {"stdout": 1, "stderr": 2}  # file descriptors
+
+_farewell = ""
+
+
+def console(*, soft_wrap: bool = False) -> "Console":
+    """Return a console that shows every text as it is; with `soft_wrap` it breaks no line."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
+
+
+def printable(text: str) -> str:
+    """Return the text without what would command the terminal: `?` in its place."""
+    return CONTROL.sub("?", text)
+
+
+def keep_open() -> None:
+    """See to it that from now on nothing printed ends this process: no missing letter, no reader that has gone."""
+    for name, descriptor in STANDARD.items():
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if stream is getattr(sys, f"__{name}__"):  # not what a test has put in its place
+            stream.flush()
+            setattr(sys, name, _patient(stream, descriptor))
+        getattr(sys, name).reconfigure(errors=FORGIVING[name])
+
+
+def say_when_closed(line: str) -> None:
+    """Choose the line for stderr in case that the reader of stdout goes away."""
+    global _farewell
+    _farewell = line
+
+
+def _patient(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
+    """Return the same stream, over a file that its reader may leave."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Patient(descriptor, "w", closefd=False)),
+        encoding=stream.encoding,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Patient(io.FileIO):
+    """A standard stream; once nobody can read it any more, what is written to it is lost."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in IS_GONE:
+                raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # for C libraries and child processes as well
+        os.close(nowhere)
+        if self.fileno() == STANDARD["stdout"] and _farewell:
+            print(_farewell, file=sys.stderr, flush=True)
+        return memoryview(data).nbytes
