@@ -3,12 +3,17 @@
 import csv
 import json
 import signal
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from conftest import QUICK, Command, command, launch, run_in
+from espalier.learners.learner import Learner
+from ranks import ranks
 
 MLP = ("model=mlp", "model.hidden=[32]", "data.batch_size=32", "trainer.max_epochs=2", *QUICK)
 ALONE = tuple(word.replace("batch_size=32", "batch_size=64") for word in MLP)  # the same global batches
@@ -96,6 +101,75 @@ def test_fsdp_trains_alike_and_its_checkpoint_loads_in_one_process(espalier: Com
     again = espalier("evaluate", f"source={run}", *QUICK, "hydra.run.dir=again")
     assert again.code == 0, again.err
     assert metrics(Path("again")) == pytest.approx(metrics(run), rel=1e-5)
+
+
+WEIGHED = (
+    *("train", "model=mlp", "model.hidden=[16]", "optimizer=sgd", "trainer.max_epochs=2", *QUICK),
+    *("learner.class_weights=[1,50,2,3,0,5,0.1,7,8,9]", "learner.label_smoothing=0.1"),
+)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("strategy=ddp_cpu", "trainer.accumulate_grad_batches=2"),
+        ("strategy=fsdp", "trainer.accelerator=cpu", "trainer.devices=2"),
+    ],
+)
+def test_weighed_classes_train_two_processes_like_one_with_the_double_batch(tmp_path: Path, words: tuple[str, ...]):
+    accumulate = [word for word in words if "accumulate" in word]
+    one = command([*WEIGHED, "data.batch_size=32", *accumulate, f"hydra.run.dir={tmp_path}/one"], tmp_path)
+    assert one.code == 0
+    for code, output in ranks(tmp_path, *WEIGHED, "data.batch_size=16", *words, "hydra.run.dir=two"):
+        assert code == 0, output
+    ours, theirs = (weights(tmp_path / name) for name in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-6
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), rel=1e-5)
+
+
+COLLECTIVES = ("all_reduce", "broadcast", "broadcast_object_list", "all_gather", "barrier")
+
+
+def test_no_process_waits_for_another_between_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """But for the gradients, which torch's reducer adds up out of sight of Python."""
+    log: list[str] = []
+
+    def watch(name: str) -> None:
+        whole = getattr(dist, name)
+
+        def counted(*args: Any, **knobs: Any) -> Any:
+            log.append(f"{name}, {'async' if knobs.get('async_op') else 'waits'}")
+            return whole(*args, **knobs)
+
+        monkeypatch.setattr(dist, name, counted)
+
+    def on_train_batch_start(self: Learner, batch: Any, batch_idx: int) -> None:
+        log.append("step")
+
+    def on_train_end(self: Learner) -> None:
+        Path(f"collectives_{self.global_rank}.txt").write_text("\n".join(log))
+
+    for name in COLLECTIVES:
+        watch(name)
+    monkeypatch.setattr(Learner, "on_train_batch_start", on_train_batch_start)
+    monkeypatch.setattr(Learner, "on_train_end", on_train_end)
+    one_epoch = (
+        *MLP,
+        "learner.class_weights=balanced",
+        "trainer.max_epochs=1",
+        "trainer.log_every_n_steps=3",
+        "strategy=ddp_cpu",
+    )
+    for code, output in ranks(tmp_path, "train", *one_epoch, "hydra.run.dir=run"):
+        assert code == 0, output
+    for rank in range(2):
+        calls = (tmp_path / f"collectives_{rank}.txt").read_text().splitlines()
+        steps = [place for place, call in enumerate(calls) if call == "step"]
+        assert len(steps) == 17
+        between = [calls[start + 1 : end] for start, end in pairwise(steps)]
+        assert between == [["all_reduce, async"] * 2] * 16  # of the weights of the samples, and of signals
 
 
 def test_a_sweep_under_torchrun_has_one_folder_and_trains_every_trial(tmp_path: Path, torchrun: Path):

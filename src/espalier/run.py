@@ -223,6 +223,8 @@ class Run:
         )
         # At SIGTERM Lightning would wait for all ranks, inside of the handler and wherever they are.
         trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
+        # It would ask the first rank for that before every batch, and wait for the answer (learners/interrupt.py).
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         return trainer
 
     @property

@@ -210,7 +210,7 @@ class Distill(Compression):
         """Labels, outputs and layers, weighed; stands for `Learner.objective` during the fit."""
         with torch.no_grad():
             target = self.teacher(x)
-        loss = (1 - self.weight) * learner.loss(output, y)
+        loss = (1 - self.weight) * learner.training_loss(output, y)
         loss = loss + self.weight * self._soft_loss(output.float(), target.float(), y)
         student, teacher = ours(), theirs()
         for path in self.features:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -15,6 +16,8 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from espalier.data.loaders import Batch
+from espalier.learners.collective import SumOverRanks
 from espalier.learners.learner import Learner, Split
 from espalier.ranges import Rate
 from espalier.spec import DataSpec
@@ -31,7 +34,8 @@ class Classifier(Learner):
     """One class per sample. Soft targets (B, K), as mixup and cutmix make them, train like hard ones.
 
     `class_weights` scale each class's loss: `balanced` means num_samples / (num_classes * class_count), which
-    gives every class the same total weight (King and Zeng 2001).
+    gives every class the same total weight (King and Zeng 2001). The loss of a batch is divided by the weights of its
+    samples, and so by those of the global batch where several processes train.
     """
 
     monitor = "val/accuracy"
@@ -56,9 +60,27 @@ class Classifier(Learner):
         super().__init__(model, spec, optimizer, scheduler, seed, channels_last, compile)
         self.label_smoothing = label_smoothing
         self.register_buffer("class_weights", _class_weights(class_weights, spec), persistent=False)
+        self._ddp_params_and_buffers_to_ignore = ["class_weights"]  # DDP would send it in every step
+        self._weight: SumOverRanks | None = None  # of all samples of this step, where several processes weigh them
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.class_weights is not None and not self.guard.is_alone:
+            weight_K = cast(Tensor, self.class_weights).float()
+            # torch divides the loss of soft targets by their number, which is that of all ranks.
+            self._weight = SumOverRanks(weight_K[batch.y].sum()) if batch.y.ndim == 1 else None
+        return super().training_step(batch, batch_idx)
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(output, y, self.class_weights, label_smoothing=self.label_smoothing)  # type: ignore[arg-type]
+        return self._cross_entropy(output, y, "mean")
+
+    def training_loss(self, output: Tensor, y: Tensor) -> Tensor:
+        if self._weight is None:
+            return self.loss(output, y)
+        return self._cross_entropy(output, y, "sum") * (dist.get_world_size() / self._weight.get())
+
+    def _cross_entropy(self, output: Tensor, y: Tensor, reduction: str) -> Tensor:
+        weight_K = cast("Tensor | None", self.class_weights)
+        return F.cross_entropy(output, y, weight_K, reduction=reduction, label_smoothing=self.label_smoothing)
 
     def sums(self, output: Tensor, y: Tensor, loss: Tensor) -> Tensor:
         y_B = y if y.ndim == 1 else y.argmax(1)

@@ -20,6 +20,7 @@ from torchmetrics import MetricCollection
 from espalier.config import typed
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError, StoppedError
+from espalier.learners.collective import Question
 from espalier.learners.guard import Guard, gradient_norm
 from espalier.learners.interrupt import Interrupt
 from espalier.optim.build import build_optimizer, build_scheduler
@@ -65,6 +66,7 @@ class Learner(L.LightningModule):
         self.last_loss: Tensor | None = None
         self.guard = Guard()
         self.interrupt = Interrupt()
+        self.signalled = Question()  # whether any of several processes has been
         self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -141,6 +143,10 @@ class Learner(L.LightningModule):
 
     def objective(self, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
         """What training minimises, scalar; a distillation puts a teacher beside the loss."""
+        return self.training_loss(output, y)
+
+    def training_loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return this process's part of the loss: over all processes its mean is `loss` of their batches together."""
         return self.loss(output, y)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -164,28 +170,35 @@ class Learner(L.LightningModule):
             clip_grads_with_norm_(parameters, gradient_clip_val, self.guard.norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Raise `StoppedError` if a signal has come to any process, once a resumed run can go on from here."""
+        """Raise `StoppedError` if a signal has come to any process, once a resumed run can go on from here.
+
+        Several processes are told at one step of what had come until the step before.
+        """
         if self.guard.is_alone and not self.interrupt.number:
             return
-        if self._is_between_steps() and not self.trainer.is_last_batch and self._is_asked_to_stop():
+        if self._is_between_steps() and not self.trainer.is_last_batch and self._is_asked_to_stop(waits=False):
             self._stop()
 
     def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Raise `StoppedError`, as after a step; the resumed run validates from the first batch on."""
         if self.guard.is_alone and not self.interrupt.number:
             return
-        if (self._is_between_steps() or self.trainer.is_last_batch) and self._is_asked_to_stop():
-            progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        is_resumable = self._is_between_steps() or self.trainer.is_last_batch
+        if is_resumable and self._is_asked_to_stop(waits=progress.is_last_batch):  # no other step may come
             progress.reset()
             progress.increment_ready()
             progress.increment_started()  # and not done: where Lightning finds that, it validates again
             self._stop()
 
+    def on_train_end(self) -> None:
+        self.signalled.settle()  # nothing may be on its way when the processes part
+
     def _is_between_steps(self) -> bool:
         return (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
-    def _is_asked_to_stop(self) -> bool:
-        return self.trainer.strategy.reduce_boolean_decision(bool(self.interrupt.number), all=False)
+    def _is_asked_to_stop(self, *, waits: bool) -> bool:
+        return self.guard.is_alone or self.signalled.ask(bool(self.interrupt.number), self.device, waits=waits)
 
     def _stop(self) -> None:
         last = self.save_last()

@@ -1,7 +1,9 @@
 """FSDP2 as a Lightning strategy: parameters, gradients and optimizer state are spread over all devices."""
 
 from datetime import timedelta
+from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from espalier.ranges import Positive
@@ -22,3 +24,19 @@ class FullyShardedData(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read weights and optimizers, also of plain SGD, which keeps nothing; torch expects a state of each tensor."""
+        path = self.broadcast(checkpoint_path)
+        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("optimizer_states", [])
+        if not self.optimizers or all(state["state"] for state in states):
+            return super().load_checkpoint(path, weights_only)
+        optimizers, self.optimizers = self.optimizers, []
+        try:
+            content = super().load_checkpoint(path, weights_only)
+        finally:
+            self.optimizers = optimizers
+        for optimizer, state in zip(optimizers, states, strict=True):
+            for group, stored in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({name: value for name, value in stored.items() if name != "params"})
+        return content
