@@ -17,6 +17,7 @@ from espalier.spec import DataSpec
 
 SCHEMA = 1
 FILE = "bundle.json"
+MAX_BYTES = 50_000_000  # of it
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,20 @@ def write(draft: Path, target: Path, content: Mapping[str, Any]) -> None:
 def read(key: str, folder: Path) -> Bundle:
     """The bundle in a folder, every file compared with its sha256.
 
+    Nothing else may lie there: a network can name files beside it, whose change nobody would notice.
+
     Raises:
-        ConfigError: something is missing, changed, or of another version; the message starts with `key`.
+        ConfigError: something is missing, changed, too much, or of another version; the message starts with `key`.
     """
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content = _parsed(folder / FILE)
         version, files = content["schema"], content["files"]
-        named = [name for each in content["formats"].values() for name in each["files"]]
+        lists = [each["files"] for each in content["formats"].values()]
+        named = [name for each in lists for name in each]
+        digests = {name: each["sha256"] for name, each in files.items()}
+        kinds = (dict, content["data"]), (bool, content["sample_by_sample"]), *((list, each) for each in lists)
+        if not all(lists) or not all(isinstance(value, kind) for kind, value in kinds):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{key}={folder}: {FILE} is missing or damaged; espalier export writes one") from error
     if version != SCHEMA:
@@ -102,6 +110,26 @@ def read(key: str, folder: Path) -> Bundle:
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise ConfigError(f"{key}={folder}: {name} is missing; export it again")
-        if sha256(path) != files[name]["sha256"]:
+        if sha256(path) != digests[name]:
             raise ConfigError(f"{key}={folder}: {name} was changed after the export (sha256); export it again")
+    for name in sorted({path.name for path in folder.iterdir()} - {FILE, *files}):
+        raise ConfigError(f"{key}={folder}: {name!r} is no file of the bundle; a network might read it; move it away")
     return Bundle(folder, content)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The content of a `bundle.json`.
+
+    Raises:
+        ValueError: it is a link, no file, too long, or not what `write` writes.
+    """
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise ValueError
+    content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    if not isinstance(content, dict):
+        raise ValueError
+    return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")

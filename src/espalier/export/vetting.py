@@ -30,9 +30,9 @@ ARGUMENT = re.compile(  # plain values and tensors; not operators, graphs and ob
     r"as_(optional_|nested_|sym_)?"
     r"(tensor|int|float|bool|string|complex|scalar_type|memory_format|layout|device|none|name|expr)(s|_lists)?"
 )
-SIZE = re.compile(  # such as Mul(Integer(4), Symbol('s77', positive=True, integer=True))
-    r"(Symbol|Integer|Add|Mul|Pow|FloorDiv|CleanDiv|Mod|PythonMod|Max|Min|(positive|nonnegative|integer)=True"
-    r"|'[a-z]\d+'|[a-z]\d+|\d+|[-+*/(), ])*"
+SIZE = re.compile(  # such as Mul(Integer(4), Symbol('s77', positive=True, integer=True)); a letter fits one place alone
+    r"(?:Symbol|Integer|Add|Mul|Pow|FloorDiv|CleanDiv|Mod|PythonMod|Max|Min|(?:positive|nonnegative|integer)=True"
+    r"|'[a-z]\d++'|[a-z](?=\d)|[-+*/(), \d])*+"
 )
 CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")  # of arguments; others import modules
 CONTEXTS = (None, "null", "[]")

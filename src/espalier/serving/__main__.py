@@ -15,9 +15,9 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
-from espalier.errors import ConfigError
+from espalier.errors import CONTROL, ConfigError
 from espalier.serving.address import listen
-from espalier.serving.app import App
+from espalier.serving.app import App, leave_soon
 from espalier.serving.metrics import SHARED
 from espalier.serving.predictor import Predictor
 from espalier.serving.settings import Settings
@@ -27,9 +27,8 @@ def main() -> int:
     """Serve; the exit code."""
     settings = Settings.from_words(sys.argv[1:])
     try:
-        name = Predictor(
-            settings.bundle, settings.threads
-        ).spec.name  # before any worker starts: damaged ones cost one line
+        # before any worker starts, so that a damaged bundle costs one line
+        name = Predictor(settings.bundle, settings.threads, settings.time_limit_s).spec.name
         listening = listen(settings.host, settings.port)
     except ConfigError as error:
         print(*(f"espalier: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
@@ -40,9 +39,9 @@ def main() -> int:
 def run(settings: Settings, name: str, listening: socket.socket) -> int:
     """Serve on the socket until a signal comes; the exit code."""
     host, port = listening.getsockname()[:2]
-    ready = f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}"
+    ready = f"serving {CONTROL.sub('?', name)} on http://{f'[{host}]' if ':' in host else host}:{port}"
     config = uvicorn.Config(
-        partial(App, settings, ready),
+        partial(App, settings, ready, leave_soon),
         factory=True,
         workers=settings.workers,
         http="espalier.serving.protocol:Protocol",

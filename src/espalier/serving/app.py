@@ -7,7 +7,9 @@ Letters: B batch, K classes.
 import asyncio
 import base64
 import logging
+import os
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -39,7 +41,8 @@ PAGE = {
     "/style.css": ("style.css", "text/css"),
     "/script.js": ("script.js", "text/javascript"),
 }
-PUBLIC = ("name", "run", "data", "preprocessing", "precision", "sample_by_sample", "formats", "files", "versions")
+INTERRUPT_S = 1.0  # after the time limit, a network that still computes is stopped
+LEAVE_S = 2.0  # after the last answer, the process ends whatever still runs in it
 SWITCH_S = 5e-5  # after which a thread gets the interpreter; with Python's 5 ms a batch waits for answers to be written
 DIGITS = 9  # behind the point: float32 has no more
 GONE = 499  # how the metrics count clients that left
@@ -72,14 +75,25 @@ class Row(NamedTuple):
     is_finite: bool
 
 
+def leave_soon() -> None:
+    """End the process with exit code 0 in `LEAVE_S`, whatever thread hangs in it then."""
+
+    def leave() -> None:
+        time.sleep(LEAVE_S)
+        os._exit(0)
+
+    threading.Thread(target=leave, name="leave", daemon=True).start()
+
+
 class App:
     """One worker: its network, its queue, its routes."""
 
-    def __init__(self, settings: Settings, ready: str) -> None:
-        """`ready` is printed once requests can be answered."""
+    def __init__(self, settings: Settings, ready: str, at_end: Callable[[], None] = lambda: None) -> None:
+        """`ready` is printed once requests can be answered; `at_end` is called when all of them are."""
         self.settings = settings
         self.is_stopping = False
         self._ready = ready
+        self._at_end = at_end
         self._routes: dict[str, tuple[str, Callable[[Scope, Receive], Awaitable[Reply]]]] = {
             "/predict": ("POST", self.predict),
             "/explain": ("POST", self.explain),
@@ -153,15 +167,12 @@ class App:
         raw = await self.intake.samples(scope, receive)
         if len(raw) != 1:
             raise RequestError(422, f"{len(raw)} samples in the request; /explain takes one")
-        copies, masks = occlusion.covered(self.predictor.spec, raw[0])
-        outcome = self._outcome(np.concatenate([raw, copies]))
-        row, *others = await patiently(outcome, receive, self.settings.time_limit_s)
+        masks, samples, picture = await self.intake.aside(self._covered, raw)
+        row, *others = await patiently(self._outcome(samples), receive, self.settings.time_limit_s)
         prediction = self._described(row)
         drops = np.array([row.values[row.best] - other.values[row.best] for other in others], dtype=np.float32)
         heat = np.round(occlusion.heat(drops, masks).astype(np.float64), DIGITS).tolist()
-        return Reply(
-            200, JSON, orjson.dumps({"prediction": prediction, "heat_map": heat, "image": self._picture(raw[0])})
-        )
+        return Reply(200, JSON, orjson.dumps({"prediction": prediction, "heat_map": heat, "image": picture}))
 
     async def health(self, scope: Scope, receive: Receive) -> Reply:
         """200 while it takes requests."""
@@ -171,9 +182,8 @@ class App:
 
     async def info(self, scope: Scope, receive: Receive) -> Reply:
         """What is served: shapes, classes, files with their sha256, parity, versions; no path of this machine."""
-        content = self.predictor.bundle.content
         limits = {"samples": self.settings.queue, "body_bytes": self.intake.max_bytes}
-        return Reply(200, JSON, orjson.dumps({key: content.get(key) for key in PUBLIC} | {"limits": limits}))
+        return Reply(200, JSON, orjson.dumps(self.predictor.public | {"limits": limits}))
 
     async def metrics_text(self, scope: Scope, receive: Receive) -> Reply:
         """Numbers for Prometheus."""
@@ -187,15 +197,24 @@ class App:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         sys.setswitchinterval(SWITCH_S)
-        self.predictor = Predictor(self.settings.bundle, self.settings.threads)
+        limit_s = self.settings.time_limit_s
+        self.predictor = Predictor(self.settings.bundle, self.settings.threads, limit_s)
         self.intake = Intake(self.predictor.spec, self.settings)
         self.metrics = Metrics(lambda: self.batcher.num_waiting)
-        self.batcher = Batcher(self._rows, self.settings.max_batch, self.settings.queue, self.metrics.batch)
+        self.batcher = Batcher(
+            self._rows,
+            self.settings.max_batch,
+            self.settings.queue,
+            self.metrics.batch,
+            self.predictor.interrupt,
+            limit_s + INTERRUPT_S,
+        )
         folder = Path(__file__).parent / "page"
         self._page = {path: (folder / name).read_bytes() for path, (name, _) in PAGE.items()}
         await send({"type": "lifespan.startup.complete"})
         print(self._ready, flush=True)
         await receive()
+        self._at_end()
         self.batcher.stop()
         self.intake.stop()
         await send({"type": "lifespan.shutdown.complete"})
@@ -203,7 +222,12 @@ class App:
     def _outcome(self, raw: Array) -> "asyncio.Future[list[Row]]":
         if len(raw) <= self.batcher.max_batch:
             return self.batcher.submit(raw)
-        return asyncio.ensure_future(self.batcher.rows(raw))
+        return self.batcher.rows(raw)
+
+    def _covered(self, raw: Array) -> tuple[NDArray[np.bool_], Array, str | None]:
+        """What /explain needs of a sample (1, ...): masks, the sample with its covered copies, its picture."""
+        copies, masks = occlusion.covered(self.predictor.spec, raw[0])
+        return masks, np.concatenate([raw, copies]), self._picture(raw[0])
 
     def _rows(self, raw: Array) -> list[Row]:
         """What the thread of the batcher runs; all that can be done for a whole batch is done here."""

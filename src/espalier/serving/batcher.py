@@ -7,6 +7,9 @@ event loop alone, so nothing is locked.
 """
 
 import asyncio
+import contextlib
+import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +24,9 @@ from espalier.serving.errors import RequestError
 Row = TypeVar("Row")
 Array = NDArray[np.float32]
 RETRY_AFTER_S = 1
+LONG = 2  # times the queue: samples that requests of several batches may hold at once
+STOP_S = 0.5  # for a batch to end by itself when the server stops, and again once it is interrupted
+log = logging.getLogger("espalier.serving")
 
 
 class Waiter(Protocol[Row]):
@@ -40,14 +46,24 @@ class Batcher(Generic[Row]):
     """Gives raw samples (n, ...) to `run`, up to `max_batch` at once; it returns one row for each."""
 
     def __init__(
-        self, run: Callable[[Array], list[Row]], max_batch: int, queue: int, observe: Callable[[int], None]
+        self,
+        run: Callable[[Array], list[Row]],
+        max_batch: int,
+        queue: int,
+        observe: Callable[[int], None],
+        interrupt: Callable[[], None] = lambda: None,
+        interrupt_after_s: float = math.inf,
     ) -> None:
-        """`observe` is told the size of every batch."""
+        """`observe` is told the size of every batch; `interrupt` makes a `run` that takes too long raise."""
         self.max_batch = max_batch
         self.queue = queue
         self.num_waiting = 0  # samples in the queue
         self._run = run
         self._observe = observe
+        self._interrupt = interrupt
+        self._interrupt_after_s = interrupt_after_s
+        self._timer: asyncio.TimerHandle | None = None  # of the present batch
+        self._num_long = 0  # samples of requests that take several batches
         self._waiting: deque[tuple[Array, Waiter[Row]]] = deque()
         self._is_busy = False
         self._loop = asyncio.get_running_loop()
@@ -79,15 +95,33 @@ class Batcher(Generic[Row]):
             self._is_busy = True
             self._loop.call_soon(self._dispatch)  # after the other requests that came at the same moment
 
-    async def rows(self, raw: Array) -> list[Row]:
-        """The rows of any number of samples, batch after batch."""
+    def rows(self, raw: Array) -> "asyncio.Future[list[Row]]":
+        """The rows of any number of samples, batch after batch.
+
+        Raises:
+            RequestError: too many samples are held by such requests.
+        """
+        if self._num_long and self._num_long + len(raw) > LONG * self.queue:
+            raise RequestError(503, f"overloaded: {self._num_long} samples of long requests wait; try again")
+        self._num_long += len(raw)
+        rows = self._loop.create_task(self._rows(raw))
+        rows.add_done_callback(lambda _: self._release(len(raw)))
+        return rows
+
+    def stop(self) -> None:
+        """End the thread after its present batch, which is interrupted where that takes too long."""
+        self._jobs.put(None)
+        self._thread.join(STOP_S)
+        if self._thread.is_alive():
+            self._interrupt()
+            self._thread.join(STOP_S)
+
+    async def _rows(self, raw: Array) -> list[Row]:
         parts = [raw[start : start + self.max_batch] for start in range(0, len(raw), self.max_batch)]
         return [row for part in parts for row in await self.submit(part)]
 
-    def stop(self) -> None:
-        """End the thread after its present batch."""
-        self._jobs.put(None)
-        self._thread.join()
+    def _release(self, num_samples: int) -> None:
+        self._num_long -= num_samples
 
     def _dispatch(self) -> None:
         """Hand the thread as much of the queue as fits a batch, less what nobody waits for any more."""
@@ -101,6 +135,8 @@ class Batcher(Generic[Row]):
                 size += len(raw)
         self._is_busy = bool(batch)
         if batch:
+            if self._interrupt_after_s < math.inf:
+                self._timer = self._loop.call_later(self._interrupt_after_s, self._interrupt)
             self._jobs.put(batch)
             self._observe(size)
 
@@ -111,17 +147,23 @@ class Batcher(Generic[Row]):
                 outcome = self._run(np.concatenate([raw for raw, _ in batch]))
             except Exception as error:
                 outcome = error
-            self._loop.call_soon_threadsafe(self._deliver, batch, outcome)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended meanwhile
+                self._loop.call_soon_threadsafe(self._deliver, batch, outcome)
 
     def _deliver(self, batch: list[tuple[Array, Waiter[Row]]], outcome: list[Row] | Exception) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._dispatch()  # first of all: the thread works while the answers are written
         start = 0
         for raw, waiter in batch:
             stop = start + len(raw)
-            if waiter.done():  # its client has gone, or would not wait
-                pass
-            elif isinstance(outcome, Exception):
-                waiter.set_exception(outcome)
-            else:
-                waiter.set_result(outcome[start:stop])
+            try:
+                if waiter.done():  # its client has gone, or would not wait
+                    pass
+                elif isinstance(outcome, Exception):
+                    waiter.set_exception(outcome)
+                else:
+                    waiter.set_result(outcome[start:stop])
+            except Exception as error:  # the others of the batch get their rows all the same
+                log.error("an answer could not be delivered", exc_info=error)
             start = stop

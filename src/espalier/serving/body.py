@@ -1,6 +1,7 @@
 """The body of a request, read within a limit of bytes, whatever the client claims; `protocol.py` limits its time."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from espalier.serving.errors import ClientGoneError, RequestError
@@ -11,40 +12,28 @@ BODIES = 8  # of the largest allowed size, that may be held at once while they c
 
 
 class BodyReader:
-    """Reads bodies of up to `max_bytes`."""
+    """Reads bodies of up to `max_bytes`, and holds `BODIES` times as much at once."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._held_bytes = 0  # of bodies that are not whole yet
+        self._held_bytes = 0  # of bodies that come in, and of whole ones that are not samples yet
 
-    async def read(self, declared: bytes, receive: Receive) -> bytes:
-        """The whole body; `declared` is the header `content-length`, empty where there is none.
+    @asynccontextmanager
+    async def body(self, declared: bytes, receive: Receive) -> AsyncIterator[bytes]:
+        """Read a whole body; it counts as held until the block ends.
+
+        `declared` is the header `content-length`, empty where there is none.
 
         Raises:
-            RequestError: it is too long (413), or too many others are coming in (503).
+            RequestError: it is too long (413), or too many others are held (503).
             ClientGoneError: the connection broke.
         """
         if declared and int(declared) > self.max_bytes:
             raise self._too_long(f"{int(declared)} bytes")
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        body: bytes = message["body"]
-        if message["more_body"]:
-            return await self._rest(body, receive)
-        if len(body) > self.max_bytes:
-            raise self._too_long("more")
-        return body
-
-    async def _rest(self, start: bytes, receive: Receive) -> bytes:
-        parts, size, more = [start], len(start), True
-        self._held_bytes += size
+        parts: list[bytes] = []
+        size, more = 0, True
         try:
             while more:
-                if size > self.max_bytes:
-                    raise self._too_long("more")
-                if self._held_bytes > BODIES * self.max_bytes:
-                    raise RequestError(503, "overloaded: too many long bodies come in at once; try again later")
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGoneError
@@ -52,9 +41,13 @@ class BodyReader:
                 parts.append(part)
                 size += len(part)
                 self._held_bytes += len(part)
-            if size > self.max_bytes:
-                raise self._too_long("more")
-            return b"".join(parts)
+                if size > self.max_bytes:
+                    raise self._too_long("more")
+                if self._held_bytes > BODIES * self.max_bytes:
+                    raise RequestError(503, "overloaded: too many long bodies come in at once; try again later")
+            whole = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
+            yield whole
         finally:
             self._held_bytes -= size
 

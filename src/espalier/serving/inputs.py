@@ -6,8 +6,11 @@ Letters: B batch.
 
 import base64
 import binascii
+import math
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import accumulate, chain
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,9 @@ PICTURE_TYPES = frozenset(f"image/{name.lower()}" for name in PICTURES)
 MAX_PIXELS = 16_000_000  # of all pictures of a request: a file of a few kB can claim any number
 MAX_MESSAGE = 200  # letters of somebody else's error in ours
 LARGEST = float(np.finfo(np.float32).max)
-NUMBERS = "iuf"  # numpy's kinds: integers and floats
+NUMBERS = {int, float}  # not bool, which is a kind of int to Python
+DEEP = 9  # lists in each other, more than any shape has
+RAGGED = "rows of different lengths, or nested too deep"
 
 Raw = NDArray[np.float32]
 
@@ -61,21 +66,38 @@ def has_pictures(items: Sequence[Any]) -> bool:
     return any(isinstance(item, dict) for item in items)
 
 
+def require_parts(spec: DataSpec, body: bytes, most: int) -> None:
+    """Raise `RequestError` if a JSON body has more lists and numbers than `most` samples have.
+
+    Counted in bytes, before it is parsed: eight million bytes of `[],` would become 200 million of objects.
+    """
+    num_lists = sum(accumulate(spec.shape[:-1], mul, initial=1))
+    largest = 2 + most * (math.prod(spec.shape) + num_lists + 2)
+    if sum(map(body.count, (b",", b"[", b"{"))) > largest:
+        raise RequestError(413, f"the body has more parts than {most} samples of shape {list(spec.shape)}; split it")
+
+
 def arrays(spec: DataSpec, items: Sequence[Any]) -> Raw:
     """Raw samples (B, *shape) of nested lists of numbers.
+
+    Lengths and types are judged level by level, and numpy sees numbers alone: of `[["aaa...", ""]]` it would make
+    an array in which every entry is as long as the longest.
 
     Raises:
         RequestError: a list is ragged, of another shape, or holds something other than finite numbers.
     """
-    try:
-        given = np.array(items)
-    except (ValueError, OverflowError):
-        given = np.empty(0, dtype=object)
-    if given.shape[1:] != spec.shape or given.dtype.kind not in NUMBERS:
+    level: Sequence[Any] = items
+    for size in spec.shape:
+        if set(map(type, level)) != {list} or set(map(len, level)) != {size}:
+            raise _misfit(spec, items)
+        level = list(chain.from_iterable(level))
+    if not set(map(type, level)) <= NUMBERS:
         raise _misfit(spec, items)
-    if given.dtype.kind == "f" and (given.min() < -LARGEST or given.max() > LARGEST):
+    with np.errstate(over="ignore"):
+        given = np.array(level, dtype=np.float32)
+    if not np.isfinite(given).all():
         raise RequestError(422, f"a number is beyond {LARGEST:.3g}, the largest of 32 bits")
-    return given.astype(np.float32)
+    return given.reshape(len(items), *spec.shape)
 
 
 def mixed(spec: DataSpec, items: Sequence[Any]) -> Raw:
@@ -157,15 +179,36 @@ def _base64(item: dict[str, Any], where: str) -> bytes:
 
 
 def _misfit(spec: DataSpec, items: Sequence[Any]) -> RequestError:
-    """Which sample is wrong, and how."""
+    """Say which sample is wrong, and how."""
     allowed = f"each sample must be numbers of shape {list(spec.shape)}"
     for place, item in enumerate(items):
-        try:
-            given = np.array(item)
-        except (ValueError, OverflowError):
-            return RequestError(422, f"inputs[{place}]: rows of different lengths, or nested too deep; {allowed}")
-        if given.dtype.kind not in NUMBERS and given.size:
-            return RequestError(422, f"inputs[{place}]: something that is no number; {allowed}")
-        if given.shape != spec.shape:
-            return RequestError(422, f"inputs[{place}]: shape {list(given.shape)}; {allowed}")
+        if wrong := _wrong(spec.shape, item):
+            return RequestError(422, f"inputs[{place}]: {wrong}; {allowed}")
     return RequestError(422, allowed)
+
+
+def _wrong(shape: Sequence[int], item: Any) -> str | None:
+    """Return what is wrong with a sample, visiting no more of it than the shape has."""
+    level = [item]
+    for size in (*shape, None):  # None: of a number
+        kinds = set(map(type, level))
+        if not kinds <= {list, *NUMBERS}:
+            return "something that is no number"
+        lengths = {len(each) if type(each) is list else None for each in level}
+        if len(lengths) > 1:
+            return RAGGED
+        if lengths != {size}:
+            return _shape(item)
+        level = list(chain.from_iterable(level)) if size is not None else []
+    return None
+
+
+def _shape(item: Any) -> str:
+    """Return the lengths of the first list, of the first list in it, and so on."""
+    lengths: list[int] = []
+    while isinstance(item, list):
+        lengths.append(len(item))
+        if len(lengths) == DEEP:
+            return RAGGED
+        item = item[0] if item else None
+    return f"shape {lengths}"

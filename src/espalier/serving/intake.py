@@ -6,15 +6,17 @@ Letters: B batch.
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from espalier.serving import inputs
 from espalier.serving.body import BodyReader, Message, Receive
 from espalier.serving.errors import RequestError
 from espalier.serving.inputs import Raw
+from espalier.serving.patience import too_late
 from espalier.serving.settings import Settings
 from espalier.spec import DataSpec
 
+T = TypeVar("T")
 JSON = "application/json"
 FORM = "multipart/form-data"
 TYPES = frozenset({JSON, FORM, *inputs.PICTURE_TYPES})
@@ -28,8 +30,10 @@ class Intake:
     def __init__(self, spec: DataSpec, settings: Settings) -> None:
         self.spec = spec
         self.most = settings.queue  # samples: a request with more could never be accepted
+        self.time_limit_s = settings.time_limit_s
         self.max_bytes = int(settings.max_body_mb * 1e6)
         self._reader = BodyReader(self.max_bytes)
+        self._turns = asyncio.Semaphore(NUM_THREADS)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="intake")
 
     async def samples(self, scope: Message, receive: Receive) -> Raw:
@@ -50,11 +54,12 @@ class Intake:
         mime = kind.partition(b";")[0].strip().lower().decode("latin-1")
         if mime not in TYPES:
             raise RequestError(415, f"content type {mime[:50]!r}; allowed are {', '.join(sorted(TYPES))}")
-        body = await self._reader.read(length, receive)
-        if mime == JSON:
-            return await self._numbers(body)
-        files = [body] if mime != FORM else await self._aside(inputs.form, kind, body, self.most)
-        return await self._aside(inputs.pictures, self.spec, files)
+        async with self._reader.body(length, receive) as body:
+            if mime == JSON and len(body) <= SMALL_BYTES:
+                raw = self.at_once(body)
+                if raw is not None:
+                    return raw
+            return await self.aside(self._parse, mime, kind, body)
 
     def at_once(self, body: bytes) -> Raw | None:
         """Raw samples of a JSON body that is read in less than a millisecond; None of others.
@@ -69,17 +74,29 @@ class Intake:
         return None if inputs.has_pictures(items) else inputs.arrays(self.spec, items)
 
     def stop(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
+        """End the threads after what they work on; nobody waits for them."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _numbers(self, body: bytes) -> Raw:
-        is_small = len(body) <= SMALL_BYTES
-        items = inputs.from_json(body) if is_small else await self._aside(inputs.from_json, body)
+    async def aside(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run in a thread, so that short requests do not wait for long ones.
+
+        No more than `NUM_THREADS` results are made before somebody takes them: what waits is a body, not its objects.
+
+        Raises:
+            RequestError: it took longer than the time limit.
+        """
+        try:
+            async with asyncio.timeout(self.time_limit_s), self._turns:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        except TimeoutError:
+            raise too_late(self.time_limit_s) from None
+
+    def _parse(self, mime: str, kind: bytes, body: bytes) -> Raw:
+        if mime == FORM:
+            return inputs.pictures(self.spec, inputs.form(kind, body, self.most))
+        if mime != JSON:
+            return inputs.pictures(self.spec, [body])
+        inputs.require_parts(self.spec, body, self.most)
+        items = inputs.from_json(body)
         inputs.require_count(len(items), self.most)
-        if inputs.has_pictures(items):
-            return await self._aside(inputs.mixed, self.spec, items)
-        return inputs.arrays(self.spec, items) if is_small else await self._aside(inputs.arrays, self.spec, items)
-
-    async def _aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run in a thread, so that short requests do not wait for long ones."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        return (inputs.mixed if inputs.has_pictures(items) else inputs.arrays)(self.spec, items)

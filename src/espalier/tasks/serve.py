@@ -47,7 +47,7 @@ def serve(
     from espalier.serving.predictor import Predictor
     from espalier.serving.settings import Settings
 
-    Predictor(run.bundle.path, threads)
+    Predictor(run.bundle.path, threads, time_limit_s)
     address.listen(host, port).close()
     settings = Settings(run.bundle.path, host, port, workers, threads, max_batch, queue, max_body_mb, time_limit_s)
     _leave_no_folder(run.folder)
