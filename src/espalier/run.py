@@ -93,6 +93,11 @@ class Run:
                 require_same_data("source", data, source)
             if self.sources:
                 data.normalise_as(self.sources[0].spec)
+        if self.resumed:
+            require_same_samples(data, self.resumed)
+        _ = data.splits  # which writes the notes
+        for line in data.notes:
+            self.say(line)
         return data
 
     @cached_property
@@ -346,7 +351,8 @@ class Run:
     ) -> Report:
         """Report what was measured: files, figures, loggers, and the table that the user sees."""
         source = str(self.sources[0].path) if self.sources else None
-        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, list(notes))
+        found = self.data.notes if "data" in self.__dict__ else []
+        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, [*notes, *found])
         if is_first_rank():
             self._draw(rows)
             for logger in self.loggers:
@@ -390,6 +396,17 @@ def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -
         raise ConfigError(
             f"{key}={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
             f"but data is {now.name} {now.shape} with {now.num_outputs}"
+        )
+
+
+def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:
+    """Raise `ConfigError` if a run cannot go on as it began, because its data have changed since."""
+    now, then = data.spec, resumed.spec
+    if (now.shape, now.class_names, now.class_counts) != (then.shape, then.class_names, then.class_counts):
+        raise ConfigError(
+            f"resume={resumed.path}: began with {sum(then.class_counts)} training samples of {then.num_outputs} "
+            f"outputs, and the data have {sum(now.class_counts)} of {now.num_outputs} now; bring them back as they "
+            "were, or start a new run with source="
         )
 
 

@@ -22,6 +22,7 @@ class DataSpec:
     class_counts: tuple[int, ...] = ()  # training samples per class, for class weights
     target_mean: float = 0.0  # regression: models predict (y - target_mean) / target_std
     target_std: float = 1.0
+    background: tuple[int, ...] = (0, 0, 0)  # red, green and blue under what is transparent in a picture file
 
     @property
     def is_image(self) -> bool:
@@ -55,6 +56,9 @@ class DataSpec:
         missing = [each.name for each in fields(cls) if each.default is MISSING and each.name not in stored]
         if wrong or missing:
             raise ValueError(f"spec.{ascii((wrong or missing)[0])[1:-1]}: {'no such value' if wrong else 'missing'}")
+        background = stored.get("background", (0, 0, 0))
+        if len(background) != 3 or not all(0 <= value <= 255 for value in background):
+            raise ValueError("spec.background: must be three numbers from 0 to 255")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
         }

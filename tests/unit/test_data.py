@@ -18,6 +18,7 @@ from espalier.data.module import DataModule
 from espalier.data.prepare import Prepare
 from espalier.data.splits import statistics, stratified
 from espalier.data.synthetic_images import SyntheticImages
+from espalier.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 
@@ -87,7 +88,7 @@ def test_a_class_too_small_to_divide_stays_in_training():
 
 
 def test_an_empty_split_is_an_error_that_names_the_shares():
-    with pytest.raises(ValueError, match=r"shares \[0.1\] of 4 samples in 4 classes leave a split empty"):
+    with pytest.raises(ConfigError, match=r"shares \[0.1\] of 4 samples in 4 classes leave a split empty"):
         stratified(torch.arange(4), [0.1])
 
 

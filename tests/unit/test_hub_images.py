@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from espalier import errors
-from espalier.data import hub_images
-from espalier.data.hub_images import HubImages, ImageReader, to_tensor
+from espalier.data import picture_table, pictures
+from espalier.data.hub_images import HubImages, ImageReader
 from espalier.data.loaders import BatchLoader, StreamLoader
 from espalier.errors import ConfigError
 
@@ -48,6 +48,10 @@ def table(num: int, label="class") -> datasets.Dataset:
     kind = {"class": datasets.ClassLabel(names=names), "number": datasets.Value("int64")}.get(label)
     features = datasets.Features({"photo": datasets.Image(), "kind": kind or datasets.Value("string")})
     return datasets.Dataset.from_dict(rows, features=features)
+
+
+def to_tensor(image: Image.Image, shape: tuple[int, int, int]) -> torch.Tensor:
+    return torch.from_numpy(pictures.to_array(image, shape, pictures.WHITE)).permute(2, 0, 1)
 
 
 def images(path, **changes) -> HubImages:
@@ -235,8 +239,9 @@ def test_a_missing_extra_names_what_to_install(monkeypatch, tmp_path):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(errors, "import_module", missing)
-    monkeypatch.setattr(hub_images, "require", errors.require)
-    assert one_line(images(tmp_path)) == "datasets is not installed; run: pip install -e '.[hub]'"
+    monkeypatch.setattr(picture_table, "require", errors.require)
+    table(4).to_parquet(tmp_path / "pets.parquet")
+    assert one_line(images(tmp_path / "pets.parquet")) == "datasets is not installed; run: pip install -e '.[hub]'"
 
 
 def test_half_of_the_statistics_is_refused(tmp_path):

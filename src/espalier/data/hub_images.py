@@ -1,32 +1,66 @@
 """Any labelled image data set: of the Hugging Face hub by its id, or a local folder of images or parquet files.
 
 Official splits are kept. Validation images come out of the training split where there is no official validation split,
-test images likewise; both are stratified and the same for every run. Needs the extra `hub`.
+test images likewise; both are stratified and the same for every run. What is no folder of classes needs the extra
+`hub`. Every label and picture is looked at before anything is trained, and what was found is said.
 """
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from annotated_types import Gt, Lt
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from espalier.data import image_reader, picture_folder, pictures
 from espalier.data.augment import Augmentation
+from espalier.data.image_reader import Files, ImageReader
 from espalier.data.loaders import Reader, Samples
 from espalier.data.module import DataModule, Splits, class_counts
+from espalier.data.picture_folder import WORDS, shown, some
+from espalier.data.picture_table import Table, choose, open_table
 from espalier.data.splits import statistics, stratified
-from espalier.errors import ConfigError, require
+from espalier.errors import ConfigError
 from espalier.ranges import Count, Index
 from espalier.spec import DataSpec
 
 PartShare = Annotated[float, Gt(0), Lt(1)]
+Broken = Literal["refuse", "skip"]  # what to do about pictures and labels that cannot be used
 MAX_VALUE = 255
-DECODE = 1024  # images decoded at a time while a split is read into memory
 NUM_FOR_STATISTICS = 1024  # images, evenly spaced, that stand for a training split that does not fit in memory
+NUM_LISTED = 10  # of what cannot be used
+NUM_CLASSES_LISTED = 5
+
+
+class Part(Protocol):
+    """One official split, before its pictures are read."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that are declared; empty where labels are all there is."""
+
+    def __len__(self) -> int: ...
+
+    def labels(self) -> Sequence[Any]: ...
+
+    def pictures(self, places: Sequence[int]) -> Files: ...
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Some pictures of an official split, each with a label that can be one."""
+
+    part: Part
+    places: list[int]
+    labels: list[Any]
+
+    def some(self, chosen: Sequence[int]) -> "Labelled":
+        """Those at the given positions."""
+        return Labelled(self.part, [self.places[at] for at in chosen], [self.labels[at] for at in chosen])
 
 
 class HubImages(DataModule):
@@ -34,6 +68,8 @@ class HubImages(DataModule):
 
     `val_split` and `test_split` name official splits; None takes `validation` or `test` if there is one, else carves
     `val_share` or `test_share` out of the training split. `mean` and `std` None are measured on training images.
+    Transparent pictures lie on `background`, a colour. `broken` pictures and labels end the run before it starts, or
+    are left out.
     """
 
     def __init__(
@@ -56,10 +92,11 @@ class HubImages(DataModule):
         batch_size: Count,
         augment: dict[str, Augmentation],
         seed: int,
+        background: str = "black",  # these two for runs that were configured before there were such knobs
+        broken: Broken = "refuse",
     ) -> None:
         super().__init__(batch_size, seed, augment, num_workers)
-        if (mean is None) != (std is None):
-            raise ValueError(f"data.mean={mean} and data.std={std}: give both or neither; null measures both")
+        _require_statistics(mean, std, channels)
         self.path = path
         self.subset = subset
         self.columns = (image_column, label_column)
@@ -71,20 +108,40 @@ class HubImages(DataModule):
         self.shape = (channels, image_size, image_size)
         self.mean_and_std = (mean, std)
         self.in_memory = in_memory
+        self.background = pictures.colour(background)
+        self.broken = broken
 
     def load(self) -> Splits:
-        parts = self._divide(_open(self.path, self.subset))
-        classes = _classes(parts["train"], self.columns[1])
-        readers = {split: self._reader(part, classes, split) for split, part in parts.items()}
-        splits: dict[str, Samples | Reader] = dict(readers)
-        if self.in_memory:
-            splits = {split: reader.all() for split, reader in readers.items()}
-        spec = self._spec(classes.names, splits["train"], readers["train"].label_N)
+        official, left_out = self._open()
+        bad: list[str] = []
+        parts = self._divide(official, bad)
+        names, values = self._classes(parts["train"])
+        readers = {split: self._reader(part, split, values) for split, part in parts.items()}
+        num_pictures = sum(map(len, readers.values())) + len(bad)
+        splits: dict[str, Samples | Reader] = {}
+        for split, reader in readers.items():
+            samples, found = reader.all() if self.in_memory else (None, reader.broken())
+            bad += [f"{each.name}: {each.reason}" for each in found]
+            readers[split] = rest = reader.without(found)
+            splits[split] = image_reader.without(samples, found) if samples is not None else rest
+        self._settle(bad, num_pictures)
+        label_N = {split: reader.label_N for split, reader in readers.items()}
+        self._require_samples(label_N)
+        self.notes += self._remarks(names, label_N, left_out)
+        spec = self._spec(names, splits["train"], label_N["train"])
         return Splits(spec, splits["train"], splits["val"], splits["test"])
 
-    def _divide(self, official: Mapping[str, Any]) -> dict[str, Any]:
+    def _open(self) -> tuple[Mapping[str, Part], list[str]]:
+        """All official splits by their names, and remarks on what a folder holds beside them."""
+        folder = Path(self.path).expanduser()
+        found = picture_folder.find(str(folder)) if folder.is_dir() and self.subset is None else None
+        if found is None:
+            return open_table(self.path, self.subset, *self.columns), []
+        return found.parts, found.remarks()
+
+    def _divide(self, official: Mapping[str, Part], bad: list[str]) -> dict[str, Labelled]:
         """The official splits under our names; what is missing is carved out of training."""
-        train = _choose(official, self.train_split, "data.train_split")
+        train = self._chosen(official, self.train_split, "data.train_split", bad)
         test_name = self.test_split or ("test" if "test" in official else None)
         val_name = self.val_split or ("validation" if "validation" in official else None)
         if val_name == test_name and self.val_split is None:
@@ -92,35 +149,113 @@ class HubImages(DataModule):
         parts = {}
         for split, name, share in (("test", test_name, self.test_share), ("val", val_name, self.val_share)):
             if name is not None:
-                parts[split] = _choose(official, name, f"data.{split}_split")
+                parts[split] = self._chosen(official, name, f"data.{split}_split", bad)
             else:
-                _, label_N = np.unique(_labels(train, self.columns[1]), return_inverse=True)
-                carved, rest = stratified(torch.from_numpy(label_N), [share])
-                parts[split], train = train.select(carved.numpy()), train.select(rest.numpy())
+                parts[split], train = self._carved(train, split, share)
         return {"train": train, **parts}
 
-    def _reader(self, part: Any, classes: "Classes", split: str) -> "ImageReader":
-        number_of = {value: number for number, value in enumerate(classes.values)}
-        values = _labels(part, self.columns[1]).tolist()
-        unknown = sorted({str(value) for value in values if value not in number_of})
+    def _chosen(self, official: Mapping[str, Part], name: str, key: str, bad: list[str]) -> Labelled:
+        """A split without the rows whose label is none, which join `bad`."""
+        known = WORDS.get(name.casefold(), name)  # a folder may be called Valid
+        part = choose(official, name if name in official else known if known in official else name, key)
+        if isinstance(part, Table):
+            part.require_columns()
+        places, labels = [], []
+        for place, value in enumerate(part.labels()):
+            label, problem = _label(value)
+            if problem is None:
+                places.append(place)
+                labels.append(label)
+            else:
+                bad.append(f"{name} row {place}: {problem}")
+        if any(isinstance(label, int) and label < 0 for label in labels):
+            raise ConfigError(
+                f"data.label_column={self.columns[1]}: a split has labels below 0, so none; name another split"
+            )
+        return Labelled(part, places, labels)
+
+    def _carved(self, train: Labelled, split: str, share: float) -> tuple[Labelled, Labelled]:
+        """A stratified part of training, and the rest."""
+        _, label_N = np.unique(train.labels, return_inverse=True)
+        try:
+            carved, rest = stratified(torch.from_numpy(label_N), [share])
+        except ConfigError as error:
+            raise ConfigError(f"data.path={shown(self.path)}: data.{split}_share={share}: {error}") from error
+        return train.some(carved.tolist()), train.some(rest.tolist())
+
+    def _classes(self, train: Labelled) -> tuple[tuple[str, ...], list[Any]]:
+        """The names of the classes in the order of the model's outputs, and the labels that stand for them.
+
+        Declared classes if the data set declares them, else the distinct labels of training, sorted.
+        """
+        names = train.part.class_names
+        if names:
+            values: list[Any] = list(range(len(names))) if isinstance(train.part, Table) else list(names)
+        else:
+            values = np.unique(train.labels).tolist() if train.labels else []
+            names = tuple(str(value) for value in values)
+        if len(names) < 2:
+            given = f"one class alone, {shown(names[0])}" if names else "no labelled picture to train on"
+            raise ConfigError(f"data.path={shown(self.path)}: {given}; a classifier needs two classes")
+        return names, values
+
+    def _reader(self, labelled: Labelled, split: str, values: Sequence[Any]) -> ImageReader:
+        number_of = {value: number for number, value in enumerate(values)}
+        unknown = sorted({str(value) for value in labelled.labels if value not in number_of})
         if unknown:
             raise ConfigError(
-                f"data.path={self.path}: the {split} split has labels that training lacks: {', '.join(unknown[:5])}; "
-                f"name another split with data.{split}_split"
+                f"data.path={shown(self.path)}: the {split} split has labels that training lacks: "
+                f"{', '.join(unknown[:5])}; name another split with data.{split}_split"
             )
-        images = _images(part, self.columns[0])
-        return ImageReader(images, torch.tensor([number_of[value] for value in values]), self.shape)
+        label_N = torch.tensor([number_of[value] for value in labelled.labels], dtype=torch.int64)
+        files = labelled.part.pictures(labelled.places)
+        return ImageReader(files, label_N, self.shape, self.background, f"data.path={shown(self.path)}")
+
+    def _settle(self, bad: Sequence[str], num_pictures: int) -> None:
+        """Raise `ConfigError` for what cannot be used, or note that it is left out."""
+        if not bad:
+            return
+        listed = some(bad, NUM_LISTED)
+        if self.broken == "refuse":
+            raise ConfigError(
+                f"data.path={shown(self.path)}: {len(bad)} of {num_pictures} pictures cannot be used: {listed}; "
+                "mend or remove them, or leave them out with data.broken=skip"
+            )
+        self.notes.append(f"left out by data.broken=skip: {len(bad)} of {num_pictures} pictures: {listed}")
+
+    def _require_samples(self, label_N: Mapping[str, Tensor]) -> None:
+        for split, label in label_N.items():
+            if not len(label):
+                raise ConfigError(f"data.path={shown(self.path)}: the {split} split holds no picture that can be used")
+
+    def _remarks(self, names: Sequence[str], label_N: Mapping[str, Tensor], left_out: Sequence[str]) -> list[str]:
+        """One line on what was found, and one on the classes that a split lacks."""
+        present = {split: set(label.tolist()) for split, label in label_N.items()}
+        sizes = [f"{split} {len(label)} of {len(present[split])}" for split, label in label_N.items()]
+        sizes[0] = sizes[0].replace(" of ", " pictures of ") + " classes"
+        said = ", ".join([sizes[0], *sizes[1:]])
+        listed = some([shown(name) for name in names], NUM_CLASSES_LISTED)
+        found = f"{shown(self.path)}: {len(names)} classes ({listed}); {said}"
+        remarks = [f"{found}; left out: {', '.join(left_out)}" if left_out else found]
+        lacking = [
+            f"no {'training' if split == 'train' else split} picture of {some(missing, NUM_CLASSES_LISTED)}"
+            for split in label_N
+            if (missing := [shown(name) for number, name in enumerate(names) if number not in present[split]])
+        ]
+        if len(present["train"]) < len(names):
+            lacking.append("a class without training pictures is an output that learns nothing")
+        return [*remarks, *(["; ".join(lacking)] if lacking else [])]
 
     def _spec(self, names: tuple[str, ...], train: Samples | Reader, label_N: Tensor) -> DataSpec:
         mean, std = (tuple(values) if values is not None else () for values in self.mean_and_std)
-        if not mean:
+        if isinstance(train, Samples):
+            seen = train
+        else:
             step = max(1, len(train) // NUM_FOR_STATISTICS)
-            seen = train if isinstance(train, Samples) else train.__getitems__(list(range(0, len(train), step)))
+            seen = train.__getitems__(list(range(0, len(train), step)))
+            self.notes += self.constant(seen)
+        if not mean:
             mean, std = statistics(seen.x, MAX_VALUE)
-        if len(mean) != self.shape[0] or len(std) != self.shape[0]:
-            raise ValueError(
-                f"data.mean and data.std need {self.shape[0]} numbers each, one per channel: {mean}, {std}"
-            )
         return DataSpec(
             name=Path(self.path).stem,
             shape=self.shape,
@@ -129,113 +264,27 @@ class HubImages(DataModule):
             std=std,
             class_names=names,
             class_counts=class_counts(label_N, len(names)),
+            background=self.background,
         )
 
 
-class Classes(NamedTuple):
-    """What the label column holds, in the order of the model's outputs, and how each class is called."""
-
-    values: list[Any]
-    names: tuple[str, ...]
-
-
-class ImageReader:
-    """Decodes images of one split, (C, S, S) uint8, when they are asked for."""
-
-    def __init__(self, images: Any, label_N: Tensor, shape: tuple[int, int, int]) -> None:
-        self.images = images
-        self.label_N = label_N
-        self.shape = shape
-
-    def __len__(self) -> int:
-        return len(self.label_N)
-
-    def __getitems__(self, indices: list[int]) -> Samples:
-        x = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
-        images = self.images[indices][self.images.column_names[0]] if indices else []
-        for target, image in zip(x, images, strict=True):
-            target.copy_(to_tensor(image, self.shape))
-        return Samples(x, self.label_N[indices])
-
-    def all(self) -> Samples:
-        """The whole split."""
-        starts = range(0, len(self), DECODE)
-        parts = [self.__getitems__(list(range(start, min(start + DECODE, len(self))))) for start in starts]
-        return Samples(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
+def _label(value: Any) -> tuple[Any, str | None]:
+    """A label as a class, or what is wrong with it."""
+    if value is None or value != value:  # NaN is not
+        return None, "no label"
+    if isinstance(value, float):
+        return (int(value), None) if isfinite(value) and value == int(value) else (None, f"the label {value:g}")
+    if isinstance(value, list | dict | bytes):
+        return None, f"the label {str(value)[:40]}"
+    return value, None
 
 
-def to_tensor(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
-    """The middle of an image as (C, H, W) uint8, in grey for one channel and in RGB for three."""
-    channels, height, width = shape
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
-
-
-def _open(path: str, subset: str | None) -> Mapping[str, Any]:
-    """All official splits of a local folder, a parquet file or a data set of the hub, by their names.
-
-    Raises:
-        ConfigError: there is nothing at `path`, here or on the hub, or it holds no data set.
-    """
-    datasets = require("datasets", "hub")
-    local = Path(path).expanduser()
-    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or local.suffix == ".parquet"):
-        raise ConfigError(f"data.path={path}: no such file or folder; give a folder, a parquet file or a hub id")
-    try:
-        if local.is_file():
-            return dict(datasets.load_dataset("parquet", data_files=str(local)))
-        return dict(datasets.load_dataset(str(local) if local.exists() else path, subset))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        where = "holds no data set" if local.exists() else "is neither a folder here nor to be had from the hub"
-        raise ConfigError(f"data.path={path}: {where} ({reason}); give a folder, a parquet file or a hub id") from error
-
-
-def _choose(official: Mapping[str, Any], name: str, key: str) -> Any:
-    if name not in official:
-        raise ConfigError(f"{key}={name}: no such split{_nearest(name, official)}; there are {', '.join(official)}")
-    return official[name]
-
-
-def _labels(part: Any, column: str) -> np.ndarray:
-    """The label column, without touching an image."""
-    _check_column(part, column, "data.label_column")
-    values: np.ndarray = part.with_format("numpy").select_columns([column])[:][column]
-    if values.dtype.kind in "iu" and len(values) and values.min() < 0:
-        raise ConfigError(f"data.label_column={column}: a split has labels below 0, so none; name another split")
-    return values
-
-
-def _classes(train: Any, column: str) -> Classes:
-    """Declared classes if the data set declares them, else the distinct labels of training, sorted."""
-    declared = getattr(train.features[column], "names", None)
-    if declared:
-        return Classes(list(range(len(declared))), tuple(declared))
-    values = np.unique(_labels(train, column)).tolist()
-    return Classes(values, tuple(str(value) for value in values))
-
-
-def _images(part: Any, column: str) -> Any:
-    """The image column alone; plain bytes are read as image files."""
-    _check_column(part, column, "data.image_column")
-    kind = require("datasets", "hub").Image
-    alone = part.select_columns([column])
-    if isinstance(alone.features[column], kind):
-        return alone
-    try:
-        return alone.cast_column(column, kind())
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"data.image_column={column}: holds no images but {part.features[column]}") from error
-
-
-def _check_column(part: Any, column: str, key: str) -> None:
-    if column not in part.column_names:
-        columns = part.column_names
-        raise ConfigError(f"{key}={column}: no such column{_nearest(column, columns)}; there are {', '.join(columns)}")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _require_statistics(mean: list[float] | None, std: list[float] | None, channels: int) -> None:
+    if (mean is None) != (std is None):
+        raise ValueError(f"data.mean={mean} and data.std={std}: give both or neither; null measures both")
+    if mean is None or std is None:
+        return
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(f"data.mean={mean} and data.std={std}: {channels} numbers each are needed, one per channel")
+    if not all(map(isfinite, [*mean, *std])) or min(std) <= 0:
+        raise ValueError(f"data.mean={mean} and data.std={std}: must be finite, and data.std above 0")

@@ -14,6 +14,7 @@ from espalier import seeding
 from espalier.data.augment import Augmentation
 from espalier.data.loaders import Batch, BatchLoader, Loader, Order, Reader, Samples, StreamLoader
 from espalier.data.prepare import Normalise, Prepare
+from espalier.data.splits import constant, require_finite
 from espalier.spec import DataSpec
 
 Split = Literal["train", "val", "test"]
@@ -44,6 +45,7 @@ class DataModule(L.LightningDataModule):
         self.seed = seed
         self.augment = augment
         self.num_workers = num_workers
+        self.notes: list[str] = []  # what `load` has found, for the user and the report
         self.tested_split: Split = "test"  # what `Trainer.test` sees; evaluation may point it at another
         self._training: Loader | None = None
         self._resumed: dict[str, Any] | None = None  # position of the training loader that will be asked for next
@@ -54,7 +56,30 @@ class DataModule(L.LightningDataModule):
 
     @cached_property
     def splits(self) -> Splits:
-        return self.load()
+        """All samples; raise `ConfigError` where one is NaN or infinite, and note what is the same in all of them."""
+        splits = self.load()
+        for split in ("train", "val", "test"):
+            samples = getattr(splits, split)
+            if isinstance(samples, Samples):
+                require_finite(samples.x, f"{split} samples")
+                require_finite(samples.y, f"{split} targets")
+        if isinstance(splits.train, Samples):
+            self.notes += self.constant(splits.train)
+        return splits
+
+    def constant(self, train: Samples) -> list[str]:
+        """A remark if nothing can be learnt from some channels or features, or from any sample."""
+        x, y = train.x, train.y
+        if len(x) > 1 and torch.equal(x, x[:1].expand_as(x)):
+            return [f"all {len(x)} training samples are the same, so nothing can be learnt from them"]
+        remarks = []
+        if numbers := constant(x):
+            what = "channels" if x.ndim > 2 else "features"
+            listed = ", ".join(map(str, numbers[:10])) + (" ..." if len(numbers) > 10 else "")
+            remarks.append(f"constant in all training samples: {what} {listed}; they are only centred")
+        if y.is_floating_point() and y.ndim == 1 and len(y) > 1 and bool((y == y[0]).all()):
+            remarks.append(f"all training targets are {float(y[0]):g}, so nothing can be learnt from them")
+        return remarks
 
     @property
     def spec(self) -> DataSpec:

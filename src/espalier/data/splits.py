@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from espalier import seeding
+from espalier.errors import ConfigError
 
 SPLIT_SEED = 1997  # any constant; another one would move samples between training and test
 CHUNK = 4096  # samples converted to float64 at a time
@@ -21,7 +22,7 @@ def stratified(label_N: Tensor, shares: Sequence[float]) -> list[Tensor]:
     Give all samples one label to split without strata.
 
     Raises:
-        ValueError: a part would be empty.
+        ConfigError: a part would be empty.
     """
     parts: list[list[Tensor]] = [[] for _ in range(len(shares) + 1)]
     classes, counts = label_N.unique(return_counts=True)
@@ -35,8 +36,8 @@ def stratified(label_N: Tensor, shares: Sequence[float]) -> list[Tensor]:
             part.append(member_M[chosen])
     split = [torch.cat(part).sort().values for part in parts]
     if any(len(part) == 0 for part in split):
-        raise ValueError(
-            f"shares {list(shares)} of {len(label_N)} samples in {len(classes)} classes leave a split empty: "
+        raise ConfigError(
+            f"shares {list(shares)} of {len(label_N)} samples in {len(classes)} classes leave a split empty; "
             "choose larger shares, or give more samples"
         )
     return split
@@ -48,6 +49,27 @@ def statistics(x: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float,
     squares = [(part - mean_C).square().sum(dim=0) for part in _columns(x, scale)]
     std_C = (torch.stack(squares).sum(dim=0) / _values_per_channel(x)).sqrt()
     return tuple(mean_C.tolist()), tuple(torch.where(std_C > MIN_STD, std_C, 1.0).tolist())
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise `ConfigError` if a value is NaN or infinite; dimension 0 is the sample, dimension 1 channel or feature."""
+    if not values.is_floating_point() or values.isfinite().all():
+        return
+    bad = (~values.isfinite()).nonzero()
+    where = f"sample {int(bad[0, 0])}" + (f", feature {int(bad[0, 1])}" if values.ndim > 1 else "")
+    num_samples = len(bad[:, 0].unique())
+    raise ConfigError(
+        f"data: {num_samples} of {len(values)} {what} are NaN or infinite, the first in {where}; fill or remove them"
+    )
+
+
+def constant(x: Tensor) -> list[int]:
+    """The channels or features (dimension 1) that are the same in all samples, for 8-bit values within one step."""
+    column = x.movedim(1, 0).flatten(1)
+    low, high = column.aminmax(dim=1)
+    if x.dtype == torch.uint8:
+        return (high.int() - low.int() <= 1).nonzero().flatten().tolist()
+    return (high == low).nonzero().flatten().tolist()
 
 
 def _columns(x: Tensor, scale: float) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.data import pictures
 from espalier.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 # As bundles state it, for those who prepare their samples themselves.
 FORMULA = "(raw / scale - mean) / std, float32; mean and std per channel, or per feature"
-PICTURE = "grey or RGB, the middle cut out and scaled bilinearly to the size in shape; raw = pixel / 255 * scale"
+PICTURE = (
+    "turned as its EXIF says, put on the colour background where it is transparent, made grey or RGB, "
+    "the middle cut out and scaled bilinearly to the size in shape; raw = pixel / 255 * scale"
+)
 
 
 def normalise(spec: DataSpec, raw: NDArray) -> NDArray[np.float32]:
@@ -27,20 +31,10 @@ def normalise(spec: DataSpec, raw: NDArray) -> NDArray[np.float32]:
 
 
 def raw_of(spec: DataSpec, image: "Image.Image") -> NDArray[np.float32]:
-    """A picture as raw values (C, H, W): in the channels of the spec, its middle scaled to the size of the spec.
+    """A picture as raw values (C, H, W), of the pixels that training reads; white is `scale`, black is 0."""
+    return scaled(spec, pictures.to_array(image, spec.shape, spec.background))
 
-    White is `scale`, black is 0, whatever the unit of the raw values. An orientation tag is obeyed, transparency is
-    put on black.
-    """
-    from PIL import Image, ImageOps
 
-    channels, height, width = spec.shape
-    image = ImageOps.exif_transpose(image)
-    if "A" in image.getbands() or "transparency" in image.info:
-        colour = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", colour.size, (0, 0, 0, 255)), colour)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    pixels_HWC = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
-    return pixels_HWC.transpose(2, 0, 1) * np.float32(spec.scale / 255)
+def scaled(spec: DataSpec, pixels_HWC: pictures.Pixels) -> NDArray[np.float32]:
+    """Pixels of 0 to 255 as raw values (C, H, W), whatever the unit of these."""
+    return pixels_HWC.transpose(2, 0, 1).astype(np.float32) * np.float32(spec.scale / 255)

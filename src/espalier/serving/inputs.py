@@ -8,7 +8,6 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import accumulate, chain
 from operator import mul
 from typing import Any
@@ -20,12 +19,19 @@ from PIL import Image
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import FormParser, parse_options_header
 
-from espalier.export.preprocess import raw_of
+from espalier.data.pictures import SERVED as PICTURES
+from espalier.data.pictures import PictureError, num_pixels, read
+from espalier.export.preprocess import scaled
 from espalier.serving.errors import RequestError
 from espalier.spec import DataSpec
 
-PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # decoders that may run; Pillow has riskier ones
-PICTURE_TYPES = frozenset(f"image/{name.lower()}" for name in PICTURES)
+PICTURE_TYPES = frozenset(  # what a client may call a picture; its first bytes say what it is
+    f"image/{name}"
+    for name in (
+        *("png", "jpeg", "bmp", "gif", "webp", "tiff"),
+        *("x-portable-anymap", "x-portable-bitmap", "x-portable-graymap", "x-portable-pixmap"),
+    )
+)
 MAX_PIXELS = 16_000_000  # of all pictures of a request: a file of a few kB can claim any number
 MAX_MESSAGE = 200  # letters of somebody else's error in ours
 LARGEST = float(np.finfo(np.float32).max)
@@ -145,21 +151,20 @@ def pictures(spec: DataSpec, files: Sequence[bytes]) -> Raw:
     """
     if not spec.is_image or spec.shape[0] not in (1, 3):
         raise RequestError(422, f"this network takes numbers of shape {list(spec.shape)}, not pictures")
-    num_pixels = 0
+    total = 0
     raw = []
     for place, data in enumerate(files):
         try:
-            with Image.open(BytesIO(data), formats=PICTURES) as image:
-                num_pixels += image.width * image.height
-                _require_pixels(num_pixels)
-                raw.append(raw_of(spec, image))
-        except RequestError:
-            raise
-        except Image.DecompressionBombError:
-            _require_pixels(MAX_PIXELS + 1)
-        except Exception:  # decoders raise whatever a damaged file makes them stumble on
+            total += num_pixels(data, PICTURES, MAX_PIXELS)
+            _require_pixels(total)
+            raw.append(scaled(spec, read(data, spec.shape, spec.background, PICTURES, MAX_PIXELS)))
+        except PictureError as error:
+            if isinstance(error.__cause__, Image.DecompressionBombError):
+                _require_pixels(MAX_PIXELS + 1)
             allowed = ", ".join(PICTURES)
-            raise RequestError(422, f"picture {place} cannot be read; whole files of {allowed} are allowed") from None
+            raise RequestError(
+                422, f"picture {place} cannot be read: {str(error)[:MAX_MESSAGE]}; whole files of {allowed} are allowed"
+            ) from None
     return np.stack(raw)
 
 
