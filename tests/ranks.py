@@ -16,7 +16,10 @@ def free_port() -> int:
 
 
 def ranks(folder: Path, *words: str, num: int = 2, **environment: str) -> list[tuple[int, str]]:
-    """Exit code and stderr of each rank of a command, started as a launcher for one machine does it."""
+    """Exit code and output of each rank of a command, started as a launcher for one machine does it.
+
+    `{rank}` in a variable is the number of the process.
+    """
     shared = {"WORLD_SIZE": num, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     sys.stdout.flush()
     children = []
@@ -25,7 +28,8 @@ def ranks(folder: Path, *words: str, num: int = 2, **environment: str) -> list[t
         child = os.fork()
         if not child:
             own = {name: str(value) for name, value in {**shared, "LOCAL_RANK": number}.items()}
-            _become(output, folder, words, own | environment)
+            own |= {name: value.format(rank=number) for name, value in environment.items()}
+            _become(output, folder, words, own)
         children.append((child, output))
     ended = [(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.read_text()) for child, output in children]
     assert len(ended) == num

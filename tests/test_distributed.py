@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from conftest import QUICK, Command, command, launch, run_in
+from espalier import cli
 from espalier.learners.learner import Learner
 from ranks import ranks
 
@@ -101,6 +102,89 @@ def test_fsdp_trains_alike_and_its_checkpoint_loads_in_one_process(espalier: Com
     again = espalier("evaluate", f"source={run}", *QUICK, "hydra.run.dir=again")
     assert again.code == 0, again.err
     assert metrics(Path("again")) == pytest.approx(metrics(run), rel=1e-5)
+
+
+SBATCH = {
+    **{"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train.sh", "SLURM_NODELIST": "localhost", "SLURM_NNODES": "1"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1"},
+}
+SRUN = SBATCH | {"SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize("environment", [SBATCH, SRUN], ids=["sbatch", "srun"])
+def test_inside_slurm_two_processes_see_all_of_the_data(tmp_path: Path, alone: Path, environment: dict[str, str]):
+    """In a batch script without srun they are our own, which find the variables of the script."""
+    for code, output in ranks(tmp_path, "train", *MLP, "strategy=ddp_cpu", "hydra.run.dir=run", **environment):
+        assert code == 0, output
+        assert "srun" not in output
+    assert metrics(tmp_path / "run") == pytest.approx(metrics(alone), rel=1e-4)
+    assert_close(tmp_path / "run", alone)
+
+
+def test_a_batch_script_without_srun_starts_its_own_processes(espalier: Command, monkeypatch: pytest.MonkeyPatch):
+    started: list[int] = []
+    monkeypatch.setattr(cli.launch, "launch", lambda words, num_ranks: started.append(num_ranks))
+    for name, value in (SBATCH | {"SLURM_NTASKS": "4"}).items():
+        monkeypatch.setenv(name, value)
+    assert espalier("train", *MLP, "strategy=ddp_cpu").code == 0
+    assert started == [2]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "line"),
+    [
+        ({"LOCAL_RANK": "0"}, ["strategy=ddp_cpu"], "LOCAL_RANK=0: left over, as WORLD_SIZE, MASTER_ADDR"),
+        (SBATCH | {"SLURM_STEP_ID": "0"}, ["strategy=ddp_cpu"], "trainer.devices=2: takes 2 processes, but SLURM has"),
+        (SBATCH | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, [], "trainer.devices=1: takes 1 process, but SLURM has"),
+        ({}, ["strategy=ddp_cpu", "trainer.num_nodes=2"], "trainer.num_nodes=2: nobody has started the processes"),
+    ],
+)
+def test_processes_that_nobody_has_started_are_one_line_and_no_folder(
+    espalier: Command, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: list[str], line: str
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = espalier("train", *MLP, *words)
+    assert done.code == 2
+    assert done.err.startswith(f"espalier: {line}")
+    assert done.err.count("\n") == 1
+    assert not list(done.folder.glob("logs/*/*"))
+
+
+def test_a_trainer_that_counts_fewer_processes_than_devices_trains_nothing(
+    espalier: Command, monkeypatch: pytest.MonkeyPatch
+):
+    """However it comes that it does."""
+    monkeypatch.setattr(cli.launch, "launch", lambda words, num_ranks: pytest.fail("is started by somebody else"))
+    monkeypatch.setattr("espalier.prepare.num_processes", lambda run: 1)
+    monkeypatch.setattr(cli, "_num_cpus", lambda cfg, task: 1)
+    monkeypatch.setattr("espalier.learners.replication.Replicated.world_size", 1)
+    done = espalier("train", *MLP, "strategy=ddp_cpu")
+    assert done.code == 2
+    assert done.err == "espalier: trainer.devices: 2 in all, but only 1 take part in this run\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["strategy=ddp_cpu"], "trainer.devices=2: of the 2 processes of a trial each would start the whole sweep"),
+        (["trainer.devices=2,1"], "trainer.devices=2: of the 2 processes"),
+        (["strategy=cpu", "trainer.num_nodes=3"], "trainer.devices=1: of the 3 processes"),
+    ],
+)
+def test_a_sweep_of_several_processes_per_trial_is_refused_by_their_number(
+    espalier: Command, words: list[str], line: str
+):
+    done = espalier("train", "-m", "model=mlp", "seed=0,1", *words)
+    assert done.code == 2
+    assert done.err.startswith(f"espalier: {line}")
+    assert not list(done.folder.glob("logs/*/*"))
+
+
+def test_a_sweep_of_one_process_per_trial_may_use_any_strategy(espalier: Command):
+    done = espalier("train", "-m", *MLP, "trainer.max_epochs=1", "strategy=ddp_cpu", "trainer.devices=1", "seed=0")
+    assert done.code == 0, done.err
+    assert len(list(done.folder.glob("logs/sweep/*/0/report.json"))) == 1
 
 
 WEIGHED = (

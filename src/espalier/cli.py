@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import catalog, guide, launch, ownership, secret, signals, terminal
+from espalier import catalog, guide, launch, launchers, ownership, secret, signals, terminal
 from espalier.errors import ConfigError, EspalierError, StoppedError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ LEAVES_NOTHING = ("serve",)  # tasks that take over no folder
 TRIALS_FAILED = 3
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-STARTS_PROCESSES = {"ddp": "ddp", "replicated": "ddp", "fsdp": "fsdp", "sharded": "fsdp"}  # in the name of a strategy
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def main() -> None:
             sys.exit(error.exit_code)
         if wants_traceback:
             _print_traceback()
-        if _rank() == 0:
+        if launchers.rank() == 0 or isinstance(error, launchers.LeftOverError):
             print(*(f"espalier: {line}" for line in secret.scrub(str(error)).splitlines()), sep="\n", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
@@ -97,7 +96,7 @@ def _dispatch(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(guide.help_page(verb, words[-1]))
         return 0
-    task = next((word.removeprefix("task=") for word in sys.argv if word.startswith("task=")), "train")
+    task = _task_of(sys.argv)
     with signals.heeded(task):
         return _compose_and_run()
 
@@ -167,7 +166,7 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
         words = [word for word in words if not word.startswith(dropped)]
         words += [f"resume={config.quoted(str(begun))}"] if begun else []
     settled = list(words)
-    task = next((word.removeprefix("task=") for word in words if word.startswith("task=")), "")
+    task = _task_of(words, "")
     holds = runs.BUNDLE if task in runs.TAKES_BUNDLE else "report.json" if task == "report" else "checkpoints"
     for place, word in enumerate(words):
         key, _, value = word.partition("=")
@@ -183,13 +182,17 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
             settled[place] = f"{key}={','.join(map(config.quoted, several))}"
         if key in FOLDERS:
             settled[place] = config.folder_word(key, value)
-    if _rank() > 0:
+    if launchers.rank() > 0:
         settled.append("hydra/job_logging=none")
         if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
             own = tempfile.mkdtemp(prefix="espalier_rank_")
             atexit.register(shutil.rmtree, own, ignore_errors=True)
             settled += [f"{key}={config.quoted(own)}" for key in FOLDERS]
     return settled
+
+
+def _task_of(words: Sequence[str], default: str = "train") -> str:
+    return next((word.removeprefix("task=") for word in words if word.startswith("task=")), default)
 
 
 def _find(source: str, holds: str | Path) -> Path:
@@ -216,14 +219,14 @@ def _require_unused(words: Sequence[str], *, multirun: bool) -> None:
 
 def _refuse_used(folder: Path, task: str, *, is_trial: bool) -> None:
     """Raise `ConfigError` where a run of this process would overwrite another; ranks of a run share one folder."""
-    is_first = _rank() == 0 and not launch.is_rank()
+    is_first = launchers.rank() == 0 and not launch.is_rank()
     if task not in LEAVES_NOTHING and (is_first or (task in catalog.TRAINS and not launch.is_rank())):
         ownership.require_unused(folder, task, may_begin_again=_may_begin_again, is_trial=is_trial)
 
 
 def _owned(folder: Path, task: str, *, is_resumed: bool, is_trial: bool) -> AbstractContextManager[None]:
     """Lock the folder of a run, by the first of its processes, and look whether another was quicker."""
-    if task in LEAVES_NOTHING or _rank() > 0 or launch.is_rank():
+    if task in LEAVES_NOTHING or launchers.rank() > 0 or launch.is_rank():
         return nullcontext()
     return ownership.locked(folder, None if is_resumed else lambda: _refuse_used(folder, task, is_trial=is_trial))
 
@@ -233,19 +236,21 @@ def _check_trials(words: Sequence[str]) -> None:
     from espalier import config
 
     problems: dict[str, None] = {}
+    task = _task_of(words)
     for trial in config.trials(words):
         try:
             trainer = config.compose(trial).trainer
         except ConfigError as error:
             problems.update(dict.fromkeys(str(error).splitlines()))
             continue
-        named = str(trainer.strategy).lower()  # a word, or the class with its arguments
-        launches = next((name for word, name in STARTS_PROCESSES.items() if word in named), None)
-        if launches and "TORCHELASTIC_RUN_ID" not in os.environ:
-            problems[
-                f"strategy={launches}: its child processes would each start the whole sweep again; use one command "
-                "per trial, or start the processes yourself: torchrun --nproc-per-node 2 -m espalier.cli train -m ..."
-            ] = None
+        if (trainer.devices, trainer.num_nodes) == (1, 1):
+            continue  # as most; counting what "auto" means takes the import of torch
+        from espalier.prepare import check_trial
+
+        try:
+            check_trial(trainer, task)
+        except ConfigError as error:
+            problems[str(error)] = None
     if problems:
         raise ConfigError(*problems)
 
@@ -285,17 +290,18 @@ def _job(cfg: "DictConfig") -> float | None:
     objective: float | None = None
     error: Exception | None = None
     task = str(job.runtime.choices["task"])
-    is_numbered = is_trial or any(name in os.environ for name in launch.LAUNCHERS)
-    if _rank() == 0:
+    if launchers.rank() == 0:
         terminal.say_when_closed(f"espalier: nobody reads what is printed any more; {task} goes on in {folder}")
     try:
         with _owned(folder, task, is_resumed=bool(cfg.resume), is_trial=is_trial):
-            num_ranks = 1 if is_numbered else _num_cpus(cfg, task)
+            num_ranks = 1 if is_trial or launchers.find() else _num_cpus(cfg, task)
             if num_ranks == 1:
-                from espalier.prepare import num_processes, prepare
+                from espalier.prepare import check_trial, num_processes, prepare
 
                 run = prepare(cfg, words, folder, task)
-                num_ranks = 1 if is_numbered else num_processes(run)
+                if is_trial:
+                    check_trial(run.cfg.trainer, run.task)  # resume= may have brought devices along
+                num_ranks = num_processes(run)
             if num_ranks > 1:
                 run = None  # may hold weights
                 launch.launch(_words_for_ranks(folder), num_ranks)
@@ -350,7 +356,7 @@ def _print_traceback() -> None:
 def _discard_if_empty(folder: Path) -> None:
     """A run that never started leaves no folder behind."""
     is_ours = folder.exists() and folder.resolve() not in (Path.cwd(), *Path.cwd().parents)
-    if _rank() == 0 and is_ours and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
+    if launchers.rank() == 0 and is_ours and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
         shutil.rmtree(folder)
 
 
@@ -359,11 +365,6 @@ def _report_trials() -> int:
 
     terminal.console().print(report.trials([(trial.folder, trial.words, trial.outcome) for trial in _ended]))
     return TRIALS_FAILED if any(trial.error for trial in _ended) else 0
-
-
-def _rank() -> int:
-    """Of this process, when a launcher has numbered it."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def _complete(tasks: Sequence[str]) -> int:

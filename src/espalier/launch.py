@@ -29,7 +29,6 @@ from espalier.signals import InterruptedByUserError, handled, held_back, stopped
 
 NOTES = "ESPALIER_NOTES"  # the folder where a rank leaves its note
 PARENT = "ESPALIER_PARENT"  # the process that started it
-LAUNCHERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")  # variables of those that number processes
 GRACE_SECONDS = 10.0  # for the others to end by themselves after the first has failed
 SHORT_GRACE_SECONDS = 2.0  # after one that has waited in vain: who is still there does not answer
 POLL_SECONDS = 0.05
@@ -220,13 +219,14 @@ def _program() -> list[str]:
 
 
 def _environment(num_ranks: int, notes: str) -> dict[str, str]:
-    """Where Lightning reads who is who. No RANK: beside the others it would stand for Kubeflow."""
+    """Where Lightning reads who is who; a RANK that is left over would be that of each of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     numbered = {"WORLD_SIZE": num_ranks, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     own = {NOTES: notes, PARENT: os.getpid()}
-    return {**os.environ, **{name: str(value) for name, value in {**numbered, **own}.items()}}
+    inherited = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return {**inherited, **{name: str(value) for name, value in {**numbered, **own}.items()}}
 
 
 def _wait(ranks: Sequence[Rank]) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from espalier import checkpoint, description, runs, secret
+from espalier import checkpoint, description, launchers, runs, secret
 from espalier.catalog import TRAINS
 from espalier.checkpoint import Checkpoint
 from espalier.compression.base import check_recipe
@@ -167,13 +167,29 @@ def _is_on_gpu(trainer: DictConfig) -> bool:
 
 
 def num_processes(run: Run) -> int:
-    """How many the task takes on this machine; 1 where starting them is Lightning's business.
+    """Return how many the task takes on this machine; 1 where starting them is somebody else's business.
+
+    Raises:
+        ConfigError: `trainer.devices` says nothing that can be counted, or the launcher has counted otherwise.
+    """
+    trainer, launcher = run.cfg.trainer, launchers.find()
+    num_devices = count_devices(trainer, run.task)
+    if run.task not in SPREAD:
+        return 1
+    if launcher:
+        launcher.require(num_devices, trainer.num_nodes)
+    else:
+        launchers.require_nodes(trainer.num_nodes)
+    return 1 if launcher or trainer.num_nodes > 1 else num_devices
+
+
+def count_devices(trainer: DictConfig, task: str) -> int:
+    """Return how many devices of one machine the task takes.
 
     Raises:
         ConfigError: `trainer.devices` says nothing that can be counted.
     """
-    trainer = run.cfg.trainer
-    if run.task not in SPREAD or trainer.num_nodes > 1 or trainer.accelerator not in (*GPU, "cpu", "auto"):
+    if task not in SPREAD or trainer.accelerator not in (*GPU, "cpu", "auto"):
         return 1
     accelerator = CUDAAccelerator if _is_on_gpu(trainer) else CPUAccelerator
     if trainer.devices == "auto":
@@ -184,3 +200,14 @@ def num_processes(run: Run) -> int:
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"trainer.devices={trainer.devices}: {error}") from error
     return parsed if isinstance(parsed, int) else len(parsed or ())
+
+
+def check_trial(trainer: DictConfig, task: str) -> None:
+    """Raise `ConfigError` if a trial of a sweep takes processes that nobody has started."""
+    count = count_devices(trainer, task) * (trainer.num_nodes if task in SPREAD else 1)
+    if count > 1 and launchers.find() is None:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices}: of the {count} processes of a trial each would start the whole sweep; "
+            f"use one command per trial, or start the processes yourself: torchrun --nproc-per-node {count} "
+            "-m espalier.cli train -m ..."
+        )

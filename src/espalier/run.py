@@ -17,6 +17,12 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -40,9 +46,11 @@ from espalier.errors import ConfigError, EspalierError, StoppedError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable
+from espalier.launchers import is_task_of_slurm
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
 from espalier.learners.position import FitLoop
+from espalier.learners.slurm import Tasks
 from espalier.measure import cost, figures, provenance, report
 from espalier.runs import BEST, RESUMED
 from espalier.spec import DataSpec, Report
@@ -56,6 +64,7 @@ for not_for_users in (
     ".*does not have many workers",  # tensors in memory need none
     "The number of training batches",  # epochs shorter than log_every_n_steps are logged at their end
     "It is recommended to use `self.log",  # torchmetrics has summed over ranks already
+    "The `srun` command is available",  # and `launchers.py` knows whether it was used
     "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
 ):
     warnings.filterwarnings("ignore", not_for_users)
@@ -221,7 +230,7 @@ class Run:
             self.cfg.trainer,
             callbacks=self.callbacks,
             logger=self.loggers,
-            plugins=[self.checkpoint_io],
+            plugins=[self.checkpoint_io, *_environment()],
             default_root_dir=self.folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks),
             enable_progress_bar=False,  # conf/callbacks/progress.yaml and summary.yaml stand for Lightning's own
@@ -234,6 +243,9 @@ class Run:
         trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
         # It would ask the first rank for that before every batch, and wait for the answer (learners/interrupt.py).
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        actual, wanted = trainer.world_size, trainer.num_devices * trainer.num_nodes
+        if actual != wanted:  # each of them would train and be tested on its part of the data alone
+            raise ConfigError(f"trainer.devices: {wanted} in all, but only {actual} take part in this run")
         return trainer
 
     @property
@@ -415,6 +427,13 @@ class Run:
 def is_first_rank() -> bool:
     """Whether this process is the one that writes and speaks."""
     return getattr(rank_zero_only, "rank", None) in (None, 0)
+
+
+def _environment() -> list[ClusterEnvironment]:
+    """Where Lightning shall read who is who, if it would not find out by itself."""
+    if is_task_of_slurm():
+        return [Tasks()]
+    return [LightningEnvironment()] if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() else []
 
 
 def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -> None:

@@ -1,0 +1,119 @@
+"""Who has started this process: torchrun, SLURM's srun, `espalier` itself, somebody by hand, or nobody.
+
+A launcher numbers its processes in the environment, where variables of another program, an image or a shell may be left
+over. What stands there is believed where it is whole, and refused in one line where a training would wait for
+processes that nobody has started, or leave out the part of the data that is theirs.
+"""
+
+import os
+from dataclasses import dataclass
+
+from espalier.errors import ConfigError
+
+BY_HAND = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # who starts each process sets all of them
+INTERACTIVE = ("bash", "interactive")  # names of a job of SLURM in which a person types, as Lightning knows them
+SPECIAL_STEP = 1 << 31  # numbers of SLURM from here on are no steps of srun: the batch script, an interactive shell
+
+
+class LeftOverError(ConfigError):
+    """Nobody else may be there to say it: each process that finds this does."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What the environment says: who has started how many processes, and which of them this one is."""
+
+    name: str
+    rank: int
+    num_processes: int
+    missing: tuple[str, ...] = ()  # variables without which the processes do not find each other
+
+    def require(self, num_devices: int, num_nodes: int) -> None:
+        """Raise `ConfigError` unless it has started a process for each device of each node."""
+        wanted = num_devices * num_nodes
+        asked = f"trainer.devices={num_devices}" + (f", trainer.num_nodes={num_nodes}" if num_nodes > 1 else "")
+        if self.missing:
+            if wanted > 1 or self.rank:
+                raise LeftOverError(
+                    f"LOCAL_RANK={self.rank}: left over, as {', '.join(self.missing)} {_is_or_are(self.missing)} not "
+                    f"set; unset it, or let torchrun start the processes ({asked})"
+                )
+        elif self.num_processes != wanted:
+            kind = LeftOverError if self.name == "WORLD_SIZE" else ConfigError
+            raise kind(
+                f"{asked}: takes {_processes(wanted)}, but {self._says} {self.num_processes}; "
+                + self._remedy(num_devices, num_nodes)
+            )
+
+    @property
+    def _says(self) -> str:
+        return "WORLD_SIZE is" if self.name == "WORLD_SIZE" else f"{self.name} has started"
+
+    def _remedy(self, num_devices: int, num_nodes: int) -> str:
+        if self.name == "SLURM":
+            nodes = f" --nodes={num_nodes}" if num_nodes > 1 else ""
+            return f"use srun{nodes} --ntasks-per-node={num_devices}, or trainer.devices of as many as there are tasks"
+        if self.name == "torchrun":
+            return f"use --nproc-per-node {num_devices}, or trainer.devices of as many"
+        return "unset WORLD_SIZE and LOCAL_RANK if they are left over"
+
+
+def find() -> Launcher | None:
+    """Return who has started this process, None where nobody says so: then it may start others itself.
+
+    RANK and WORLD_SIZE alone, as containers have them, start nothing and are left alone. In a batch script of SLURM
+    without srun there is one process, whatever SLURM_NTASKS says.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return Launcher("torchrun", _number("RANK"), _number("WORLD_SIZE", 1))
+    if is_task_of_slurm():
+        return Launcher("SLURM", _number("SLURM_PROCID"), _number("SLURM_NTASKS", 1))
+    if "LOCAL_RANK" in os.environ:
+        missing = tuple(name for name in BY_HAND if name not in os.environ)
+        rank = max(_number("LOCAL_RANK"), _number("NODE_RANK"))  # 0 for the first of all
+        return Launcher("WORLD_SIZE", rank, _number("WORLD_SIZE", 1), missing)
+    return None
+
+
+def is_task_of_slurm() -> bool:
+    """Whether srun has started this process, and no person typed the command into a shell of SLURM's."""
+    if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
+        return False
+    step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
+    in_step = step.isdigit() and int(step) < SPECIAL_STEP
+    return in_step or "SLURM_STEP_NUM_TASKS" in os.environ or _number("SLURM_PROCID") > 0
+
+
+def rank() -> int:
+    """Return the number of this process, 0 for the one that writes and speaks."""
+    try:
+        launcher = find()
+    except ConfigError:  # said by the first that looks
+        return 0
+    return launcher.rank if launcher and not launcher.missing else 0
+
+
+def require_nodes(num_nodes: int) -> None:
+    """Raise `ConfigError` if the processes of other machines are nobody's business."""
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if num_nodes > 1 and missing:
+        raise ConfigError(
+            f"trainer.num_nodes={num_nodes}: nobody has started the processes of the other machines, as "
+            f"{', '.join(missing)} {_is_or_are(missing)} not set; start them all with srun or torchrun"
+        )
+
+
+def _number(name: str, default: int = 0) -> int:
+    value = os.environ.get(name, "")
+    try:
+        return int(value or default)
+    except ValueError:
+        raise ConfigError(f"{name}={value}: of the environment, is no number; unset it") from None
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _is_or_are(names: tuple[str, ...] | list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
