@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_help_of_a_task_lists_groups_options_defaults_and_keys(tmp_path: Path):
     assert "[resnet]" in done.stdout
     assert "seed=0" in done.stdout
     assert "task.split" in light(tmp_path, "evaluate", "--help").stdout
+
+
+def test_the_version_is_that_of_the_package_and_of_what_it_stands_on(tmp_path: Path):
+    done = light(tmp_path, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in (catalog.__name__.partition(".")[0], "torch", "lightning"):
+        assert f"{name} {version(name)}" in done.stdout
 
 
 def test_help_of_a_group_explains_each_option(tmp_path: Path):

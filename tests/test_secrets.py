@@ -127,6 +127,8 @@ def test_a_stored_configuration_without_its_secret_says_what_to_do():
             ["run", "source=https://h/x?X-Amz-Signature=***&part=2"],
         ),
         (["run", "mirror=s3://me:abc@h/x"], ["run", "mirror=s3://***@h/x"]),
+        (["run", "mirror=http://abc@h/x"], ["run", "mirror=http://***@h/x"]),
+        (["run", "source=https://h/x?key=abc&part=2"], ["run", "source=https://h/x?key=***&part=2"]),
     ],
 )
 def test_secrets_of_the_command_line_are_hidden(words, safe):
@@ -139,10 +141,53 @@ def test_secrets_of_the_command_line_are_hidden(words, safe):
         *("data.token=${oc.env:HF_TOKEN}", "data.token: needs a value", "model.pad_token=<pad>", "model.token_dim=64"),
         *("num_tokens=4", "tokenizer=bpe", "data.key=image", "monkey=5", "model.pool=token", "password=null"),
         *("ssh://git@h/x", "keys: a, b", "sk-learn", "accuracy 0.99"),
+        *("data.path=/data/ASIA_population_dataset_2020", "hydra.run.dir=logs/sk-learn-baseline-2024-11"),
+        *(
+            "sk-classification-of-handwritten-digits-2024",
+            "AKIA_experiments_of_november",
+            "ASIAN_FOOD_PICTURES_2024_LARGE",
+        ),
+        *("hf_hub_download_of_yesterday", "abfs://my-container-2024-of-runs@account.dfs.core.windows.net/x"),
+        *("see https://h/x, or mail me@h.org", "https://h/x@v2", "a commit 0fb9999c0ffee5eed0ddba11c0ffee5eed0ddba1"),
     ],
 )
 def test_what_only_looks_like_a_secret_stays(text):
     assert secret.scrub(text) == text
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("AKIAIOSFODNN7EXAMPLE", "ASIAQWERTY2345UIOP67", "AIzaSyA1234567890abcdefghijklmnopqrstuv"),
+        *(f"sk-{'a1B2' * 12}", f"sk-proj-{'x9Yz' * 8}_{'q' * 20}", f"sk-ant-api03-{'Zk3-' * 3}{'m7Qp' * 12}-AA"),
+        *(f"sk-{'0123456789abcdef' * 2}", f"sk-or-v1-{'0123456789abcdef' * 4}", f"sk_live_{'a1B2' * 6}"),
+        *(f"hf_{'aBcD' * 8}xY", f"ghp_{'a1B2' * 9}", f"github_pat_{'a1B2' * 8}_x", f"glpat-{'a1-B' * 5}"),
+        *(f"xoxb-{'123-' * 6}", f"wandb_v1_{'a1_B' * 8}"),
+    ],
+)
+def test_tokens_of_services_are_hidden_wherever_they_stand(token: str):
+    for text in ("{}", "data.path=/x/{}/y", "run_{}", "'{}'", "http://{}@h/x", "ssh://{}@h/x", "git clone {}"):
+        assert secret.scrub(text.format(token)) in (text.format("***"), text.format(f"{token[:3]}***"))
+
+
+def test_a_token_as_user_of_an_address_is_refused_wherever_the_address_stands(espalier):
+    for word in ("callbacks.checkpoint.mirror", "+note"):
+        done = espalier("train", f"{word}=http://{TYPED}@127.0.0.1:9/x")
+        assert (done.code, len(done.err.splitlines())) == (2, 1)
+        assert f"{word}: holds a secret" in done.err
+        assert TYPED not in done.err + done.out
+
+
+def test_a_token_as_user_of_a_source_is_not_repeated(espalier):
+    done = espalier("train", f"source=http://{TYPED}@127.0.0.1:9/x.ckpt")
+    assert done.code == 2
+    assert "source=http://***@127.0.0.1:9/x.ckpt" in done.err
+    assert TYPED not in done.err + done.out
+    assert found([TYPED], contents(done.folder)) == []
+
+
+def test_a_number_that_is_none_is_no_secret():
+    secret.refuse_written({"optimizer": {"lr": float("nan")}})
 
 
 @pytest.mark.parametrize(
@@ -152,6 +197,12 @@ def test_what_only_looks_like_a_secret_stays(text):
         ("MY_PASSWORD_2", "a b/c d e f", "at ?p=a%20b%2Fc%20d%20e%20f", "at ?p=***"),
         ("SSH_PRIVATE_KEY", "-----BEGIN\nabcdefgh\n", "abcdefgh", "***"),
         ("USE_AUTH", "true", "is true", "is true"),
+        ("AUTH_METHOD", "kerberos", "/mnt/kerberos/x", "/mnt/kerberos/x"),
+        ("KEY_EXCHANGE", "Diffie-hellman", "by Diffie-hellman", "by Diffie-hellman"),
+        ("APP_SECRET", "espalier", "espalier.tasks.train", "espalier.tasks.train"),
+        ("APP_SECRET", "hunterhunter", "is hunterhunter", "is ***"),
+        ("DB_PASSWORD", "swordfish", "is swordfish", "is ***"),
+        ("API_KEY", "abcdefghijklmnopqrst", "is abcdefghijklmnopqrst", "is ***"),
         ("TOKENIZERS_PARALLELISM", "disabled", "is disabled", "is disabled"),
         ("KEY_FOLDER", "/usr/lib", "/usr/lib/python", "/usr/lib/python"),
     ],

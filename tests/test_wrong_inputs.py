@@ -8,6 +8,7 @@ import torch
 
 from conftest import QUICK, Command, command
 
+CALLBACKS = "lightning.pytorch.callbacks"
 WRONG = {
     "misspelt top-level key": (["sed=1"], "sed", "did you mean seed?"),
     "misspelt nested key": (["trainer.max_epoch=3"], "trainer.max_epoch", "did you mean trainer.max_epochs?"),
@@ -41,6 +42,60 @@ WRONG = {
     "missing data folder": (["data=hub_images", "data.path=./nowhere"], "data.path=./nowhere", "nowhere"),
     "learner for other data": (["data=diabetes", "learner=classifier"], "learner", "learner=regressor"),
     "model for other data": (["data=breast_cancer", "model=cnn"], "model", "30"),
+    "key of other options": (
+        ["data.path=x"],
+        "data.path: no such key in data=digits",
+        "hub_images, imagenet and mnist",
+    ),
+    "key of another option, appended": (["+data.path=x"], "data.path: no such key", "hub_images, imagenet and mnist"),
+    "key of one other option": (["scheduler.gamma=0.5"], "scheduler.gamma", "scheduler=step has it"),
+    "key of a callback that is not chosen": (["callbacks.ema.decay=0.5"], "callbacks.ema", "callbacks=[ema] has it"),
+    "key of another strategy": (["trainer.strategy.timeout_seconds=3"], "trainer.strategy", "strategy=ddp, ddp_cpu"),
+    "key of another group": (["model.lr=3"], "model.lr", "did you mean optimizer.lr?"),
+    "key that is like no other": (["model.zebra=1"], "model.zebra", "model=resnet has depth, stem, block, width"),
+    "list for a group, with a dot": (["data.augment=[crop]"], "data.augment=[crop]", "say data/augment=[crop]"),
+    "key of an older Lightning": (["+trainer.auto_lr_find=true"], "trainer.auto_lr_find", "-m optimizer.lr=1e-3"),
+    "seed of 20 digits": (["seed=99999999999999999999"], "seed=99999999999999999999", "9223372036854775807"),
+    "size beyond an integer": (["data.batch_size=99999999999999999999"], "data.batch_size=9999", "2147483647"),
+    "count beyond any": (["model=mlp", "model.hidden=[3000000000]"], "model.hidden=[3000000000]", "2147483647"),
+    "infinite rate": (["optimizer.lr=inf"], "optimizer.lr=inf", "finite"),
+    "no number": (["learner.label_smoothing=nan"], "learner.label_smoothing=nan", "less than 1"),
+    "negative number of epochs": (["trainer.max_epochs=-3"], "trainer.max_epochs=-3", "-1"),
+    "negative number of batches": (["trainer.limit_val_batches=-2"], "trainer.limit_val_batches=-2", "0"),
+    "share above 1 of batches": (["trainer.limit_test_batches=1.5"], "trainer.limit_test_batches=1.5", "1"),
+    "validation every 0 epochs": (["trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0", "1"),
+    "validation every 0 batches": (["+trainer.val_check_interval=0"], "trainer.val_check_interval=0", "1"),
+    "fewer than none to keep": (["callbacks.checkpoint.save_top_k=-3"], "callbacks.checkpoint.save_top_k=-3", "-1"),
+    "momentum of 1": (["optimizer.betas=[0.9,1.0]"], "optimizer.betas", "less than 1"),
+    "rate finder": (
+        [f"+callbacks.x={{_target_:{CALLBACKS}.LearningRateFinder}}"],
+        "LearningRateFinder",
+        "-m optimizer.lr",
+    ),
+    "size finder": (
+        [f"+callbacks.x={{_target_:{CALLBACKS}.BatchSizeFinder}}"],
+        "BatchSizeFinder",
+        "-m data.batch_size",
+    ),
+    "bar of Lightning": ([f"+callbacks.x={{_target_:{CALLBACKS}.TQDMProgressBar}}"], "TQDMProgressBar", "progress"),
+    "average that nothing keeps": (
+        [f"+callbacks.x={{_target_:{CALLBACKS}.StochasticWeightAveraging,swa_lrs:0.1}}"],
+        "StochasticWeightAveraging",
+        "callbacks=[default,ema]",
+    ),
+    "accumulation by a schedule": (
+        [f"+callbacks.x={{_target_:{CALLBACKS}.GradientAccumulationScheduler,scheduling:{{a:2}}}}"],
+        "GradientAccumulationScheduler",
+        "trainer.accumulate_grad_batches",
+    ),
+    "several values without -m": (["seed=0,1"], "seed=0,1", "-m"),
+    "interval": (["-m", "optimizer.lr=interval(0.1,0.2)"], "optimizer.lr=interval(0.1,0.2)", "list them"),
+    "pattern without a match": (["-m", "model=glob(x*)"], "model=glob(x*)", "resnet"),
+    "swept twice": (["-m", "seed=0,1", "seed=2,3"], "seed", "swept 2 times"),
+    "configuration of many runs": (["-m", "seed=0,1", "--cfg", "job"], "--cfg", "drop -m"),
+    "launcher that is not installed": (["-m", "hydra/launcher=joblib"], "joblib", "pip install hydra-joblib-launcher"),
+    "sweeper that is not installed": (["-m", "hydra/sweeper=optuna"], "optuna", "pip install hydra-optuna-sweeper"),
+    "unknown launcher": (["-m", "hydra/launcher=slurm"], "hydra/launcher=slurm", "submitit_slurm"),
 }
 
 

@@ -39,6 +39,8 @@ COMMANDS = (  # with the exit code of each
     (2, "train", "-m", f"+logger.wandb.api_key={TYPED},x"),
     (2, "train", f"+callbacks.login={{password: '{TYPED}'}}"),
     (2, "train", f"+note=s3://me:{TYPED}@127.0.0.1/runs"),
+    (2, "train", f"callbacks.checkpoint.mirror=http://{TYPED}@127.0.0.1:9/runs"),
+    (2, "train", f"source=http://{TYPED}@127.0.0.1:9/best.ckpt"),
     (2, "train", "model.hidden='${oc.env:HF_TOKEN}'", "model=mlp"),
     (2, "train", "seed='${oc.env:AWS_SECRET_ACCESS_KEY}'"),
 )

@@ -23,6 +23,12 @@ def summary(group: str, option: str) -> str:
     return ""
 
 
+def package(group: str, option: str) -> str:
+    """Where in a configuration the keys of an option stand: `data.augment`; `_global_` is the top."""
+    first = (CONF / group / f"{option}.yaml").read_text().partition("\n")[0]
+    return first.removeprefix("# @package ").strip() if first.startswith("# @package") else group.replace("/", ".")
+
+
 def knobs(group: str, option: str) -> list[str]:
     """The lines of an option's file that a user can override, comments included."""
     lines = (CONF / group / f"{option}.yaml").read_text().splitlines()

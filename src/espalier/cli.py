@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,9 @@ def _dispatch(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(guide.overview(tasks))
         return 0
+    if "--version" in words:
+        print(_version())
+        return 0
     verb = words[0]
     if "=" not in verb and not verb.startswith("-"):
         if verb not in tasks:
@@ -99,6 +103,13 @@ def _dispatch(words: Sequence[str]) -> int:
     task = _task_of(sys.argv)
     with signals.heeded(task):
         return _compose_and_run()
+
+
+def _version() -> str:
+    """The version of this package, and of what decides its numbers most; nothing is imported."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    versions = (f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
+    return f"{__package__} {metadata.version(str(__package__))} ({', '.join(versions)}, Python {python})"
 
 
 def _compose_and_run() -> int:
@@ -115,6 +126,10 @@ def _compose_and_run() -> int:
     sys.argv[1:] = [*flags, *words]  # argparse takes no overrides on both sides of a flag
     multirun = bool({"-m", "--multirun"} & set(flags))
     if multirun:
+        if shown := {"--cfg", "-c", "--info", "-i"} & {flag.partition("=")[0] for flag in flags}:
+            raise ConfigError(
+                f"{shown.pop()}: shows the configuration of one run; drop -m, and say one value of each key"
+            )
         _check_trials(words)
     _require_unused(words, multirun=multirun)
     _ended.clear()

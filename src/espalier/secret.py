@@ -11,10 +11,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
+from espalier.catalog import CONF
 from espalier.errors import ConfigError
 
 HIDDEN = "***"
@@ -23,6 +25,8 @@ VARIABLE = re.compile(
     r"(?i)(?:^|_)(?:[a-z0-9]*(?:key|token|secret|password|passwd|passphrase)|keys|secrets|credentials?|auth|pass|pwd)"
     r"(?:_|$)"
 )
+IS_PASSWORD = re.compile(r"(?i)pass|pwd|secret|credential")  # such a variable may hold a word; others name a method
+ORDINARY = re.compile(r"(?:[a-z]{1,12}|[A-Z]{1,12}|[A-Z][a-z]{1,11})(?:[-_. ](?:[a-z]{1,12}|[A-Z]{1,12}))*")
 IN_TEXTS = ("pad", "bos", "eos", "unk", "cls", "class", "sep", "mask", "special", "start", "end", "image")  # tokens
 NAME = (  # of a key; narrower than that of a variable, as `key` and `pad_token` are harmless in a configuration
     r"(?<![\w-])[\w-]*(?:(?:api|access|secret|private|account|auth|signing|encryption|license)[_-]?key"
@@ -36,12 +40,30 @@ ASSIGNED = re.compile(  # NAME=value, 'NAME': value, {NAME: value}; not `NAME: w
     rf"(?i)((?:{NAME}['\"]?\s*=|['\"]{NAME}['\"]\s*:|(?<=[{{,])\s*{NAME}\s*:)\s*)(?!['\"]?{HARMLESS})"
     r"('[^']*'|\"[^\"]*\"|[^\s,}\]&]*[^\s,}\]&:])"
 )
+RANDOM = r"(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{20,}"  # letters and digits in one piece, as no name has them
+TOKEN = re.compile(  # as their services document them
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"  # AWS
+    r"|AIza[\w-]{35}(?![\w-])"  # Google
+    rf"|sk-[\w-]{{0,40}}?{RANDOM}[\w-]*"  # OpenAI, Anthropic and others
+    r"|[sr]k_live_[A-Za-z0-9]{16,}"  # Stripe
+    r"|hf_[A-Za-z0-9]{16,}|gh[oprsu]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{16,}"
+    r"|wandb_v\d_\w{16,})"
+)
 FORMS = (
     (ASSIGNED, rf"\g<1>{HIDDEN}"),
     (re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"), HIDDEN),  # user and password of an address
-    (re.compile(r"(?i)([?&](?:[\w-]*signature|sig)=)[^&\s'\"]+"), rf"\g<1>{HIDDEN}"),  # of a presigned one
+    (re.compile(r"(?i)(?<![a-z])((?:https?|ftps?|davs?)://)[^\s/@:?#'\"]+(?=@)"), rf"\g<1>{HIDDEN}"),  # a user alone
+    (
+        re.compile(r"(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)(?<=://)(?=[a-z_-]*[\dA-Z])[\w-]{20,}(?=@)"),
+        HIDDEN,
+    ),
+    (
+        re.compile(r"(?i)([?&](?:[\w-]*signature|sig|(?:api_?)?key|code|auth)=)[^&\s'\"]+"),
+        rf"\g<1>{HIDDEN}",
+    ),  # presigned
     (re.compile(r"(?i)\b(bearer\s+)[\w.~+/-]{16,}=*"), rf"\g<1>{HIDDEN}"),
-    (re.compile(r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza)[\w-]{16,}"), HIDDEN),
+    (TOKEN, HIDDEN),
 )
 RUNS = ("source", "resume")  # may be a presigned address, which becomes a path before anything is written
 
@@ -87,7 +109,7 @@ def refuse(words: Sequence[str]) -> None:
 def refuse_written(tree: Any) -> None:
     """Raise `ConfigError` if a configuration tells a secret before its interpolations are resolved."""
     safe = dict(_leaves(scrub_tree(tree)))
-    told = [key for key, value in _leaves(tree) if value != safe[key] and key not in RUNS]
+    told = [key for key, value in _leaves(tree) if str(value) != str(safe[key]) and key not in RUNS]  # NaN is not NaN
     if told:
         raise ConfigError(*(_advice(key, "every copy of its file") for key in told))
 
@@ -115,18 +137,33 @@ def watch_output() -> None:
 
 
 def _in_environment() -> list[str]:
-    """Values, longest first; each line of one that has several; as they are and as an address quotes them.
-
-    A path that exists is none: `PWD`, or where a key lies.
-    """
+    """Values, longest first; each line of one that has several; as they are and as an address quotes them."""
     values = {
         line
         for name, value in os.environ.items()
-        if VARIABLE.search(name) and not os.path.exists(value)  # noqa: PTH110  Path.exists raises for a long one
+        if VARIABLE.search(name) and not _is_harmless(name, value)
         for line in value.split("\n")
         if len(line.strip()) >= MIN_LENGTH
     }
     return sorted({form for value in values for form in (value, quote(value, safe=""))}, key=len, reverse=True)
+
+
+def _is_harmless(name: str, value: str) -> bool:
+    """A path that exists (`PWD`, or where a key lies), or a word that says how, such as `AUTH_METHOD=kerberos`.
+
+    To hide a word that our own options are written in would spoil every configuration.
+    """
+    if os.path.exists(value):  # noqa: PTH110  Path.exists raises for a long one
+        return True
+    return ORDINARY.fullmatch(value) is not None and (not IS_PASSWORD.search(name) or value.lower() in _own_words())
+
+
+@cache
+def _own_words() -> frozenset[str]:
+    """Every word of `conf/`, small."""
+    return frozenset(
+        word for file in CONF.rglob("*.yaml") for word in re.findall(r"\w+", file.read_text(encoding="utf-8").lower())
+    )
 
 
 def _leaves(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,21 +6,23 @@ imports torch and Lightning, after the configuration has composed.
 
 import inspect
 import json
+import math
 import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
+from annotated_types import Gt, Le, Lt
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
-from espalier.config import nearest
+from espalier.config import advice
 from espalier.errors import ConfigError
-from espalier.ranges import Count, Index, NonNegative, Positive, Rate
+from espalier.ranges import INT64, Count, Index, Limit, NonNegative, Positive, Rate, Share
 
 # Arguments that the program itself supplies, so that no size or path is configured twice.
 SUPPLIED: dict[str, frozenset[str]] = {
@@ -35,16 +37,46 @@ SUPPLIED: dict[str, frozenset[str]] = {
     "trainer": frozenset({"callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing"}),
     "task": frozenset({"run"}),
 }
+# Of these arguments a user may choose one in place of the run; null leaves it to the run.
+MAY_CHOOSE = {"lightning.pytorch.callbacks.early_stopping.EarlyStopping": frozenset({"monitor"})}
 # Ranges of arguments that belong to other libraries, whose signatures state a type at most.
+Batches = Index | Share | None  # how many, or which share of them
+PartShare = Annotated[float, Gt(0), Le(1)]
+Momentum = Annotated[float, Gt(0), Lt(1)]
 RANGES: dict[str, Any] = {
-    "lr": Positive,
-    "weight_decay": NonNegative,
-    "momentum": Rate,
-    "accumulate_grad_batches": Count,
-    "log_every_n_steps": Count,
-    "num_nodes": Count,
-    "gradient_clip_val": NonNegative | None,
-    "patience": Index,
+    "callbacks.min_delta": NonNegative,
+    "callbacks.patience": Index,
+    "callbacks.save_top_k": Limit,
+    "optimizer.betas": tuple[Rate, Rate],
+    "optimizer.eps": NonNegative | tuple[NonNegative | None, NonNegative] | None,
+    "optimizer.lr": Positive,
+    "optimizer.momentum": Rate,
+    "optimizer.weight_decay": NonNegative,
+    "scheduler.cooldown": Index,
+    "scheduler.factor": Momentum,
+    "scheduler.patience": Index,
+    "trainer.accumulate_grad_batches": Count,
+    "trainer.check_val_every_n_epoch": Count | None,
+    "trainer.gradient_clip_val": NonNegative | None,
+    "trainer.limit_test_batches": Batches,
+    "trainer.limit_train_batches": Batches,
+    "trainer.limit_val_batches": Batches,
+    "trainer.log_every_n_steps": Count,
+    "trainer.max_epochs": Limit | None,
+    "trainer.max_steps": Limit,
+    "trainer.num_nodes": Count,
+    "trainer.overfit_batches": Batches,
+    "trainer.val_check_interval": Count | PartShare | None,
+}
+# Callbacks of Lightning that cannot do here what they promise, with what can. By name: to import them takes seconds.
+UNFIT: dict[str, str] = {
+    "BackboneFinetuning": "no learner here has a backbone; use source=RUN with a smaller optimizer.lr",
+    "BatchSizeFinder": "data.batch_size decides order and schedule; try several: -m data.batch_size=64,128,256",
+    "GradientAccumulationScheduler": "a schedule needs the number of steps; use trainer.accumulate_grad_batches",
+    "LearningRateFinder": "the schedule takes its rate from optimizer.lr; try several: -m optimizer.lr=1e-3,3e-3,1e-2",
+    "ModelSummary": "callbacks=[summary] takes its place",
+    "ProgressBar": "callbacks=[progress] takes its place",
+    "StochasticWeightAveraging": "its average would be in no checkpoint; use callbacks=[default,ema]",
 }
 KEYWORDS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 # A config that came out of a checkpoint is untrusted, and nothing else is ever built from it. A name that ends with a
@@ -59,9 +91,7 @@ TRUSTED_TARGETS: dict[str, tuple[str, ...]] = {
     "callbacks": (
         "espalier.callbacks.",
         "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
-        "lightning.pytorch.callbacks.gradient_accumulation_scheduler.GradientAccumulationScheduler",
         "lightning.pytorch.callbacks.lr_monitor.LearningRateMonitor",
-        "lightning.pytorch.callbacks.stochastic_weight_avg.StochasticWeightAveraging",
         "lightning.pytorch.callbacks.timer.Timer",
     ),
     "logger": ("espalier.callbacks.", "espalier.callbacks.tensorboard_log.tensorboard"),
@@ -105,6 +135,8 @@ def check(cfg: DictConfig, *, untrusted: bool = False, said: DictConfig | None =
         if problem := next(suspicions, None):  # one is enough; its author may have thought of thousands
             raise ConfigError(" ".join(problem.split()))
     problems = [problem for group, node in plain.items() for problem in _problems(node, str(group))]
+    told = {problem.partition("=")[0] for problem in problems}
+    problems += [line for where, line in _wrong_values(plain) if where not in told]
     problems += [f"{where}._target_: missing, so there is nothing to build" for where in _without_target(plain)]
     if problems:
         raise ConfigError(*problems)
@@ -170,6 +202,22 @@ def _without_target(plain: Mapping[Any, Any]) -> Iterator[str]:
         yield from (where for where, node in parts.items() if not isinstance(node, dict) or "_target_" not in node)
 
 
+def _wrong_values(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """What no checkpoint could hold and no part could use, wherever it stands; each with its line."""
+    if isinstance(node, dict):
+        for key, child in node.items():
+            if not isinstance(key, str):
+                yield where, f"{where}={node}: the key {key} has to be a word, as in '{key}': {child}"
+            yield from _wrong_values(child, f"{where}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for place, child in enumerate(node):
+            yield from _wrong_values(child, f"{where}[{place}]")
+    elif isinstance(node, int) and abs(node) > INT64:
+        yield where, f"{where}={node}: should be between -{INT64} and {INT64}"
+    elif isinstance(node, float) and math.isnan(node):
+        yield where, f"{where}={node}: should be a number"
+
+
 def _problems(node: Any, where: str) -> Iterator[str]:
     if isinstance(node, list):
         for place, child in enumerate(node):
@@ -188,26 +236,38 @@ def _problems(node: Any, where: str) -> Iterator[str]:
     if not callable(target):
         yield f"{where}._target_={node['_target_']}: neither a class nor a function, so there is nothing to build"
         return
+    if where.startswith("callbacks.") and (advice := _unfit(target)):
+        yield f"{where}: {target.__name__} does not fit: {advice}"
+        return
     yield from _argument_problems(target, node, where)
 
 
+def _unfit(target: Any) -> str | None:
+    """What to use in place of a callback of Lightning, or of one that builds on it."""
+    bases = [base for base in getattr(target, "__mro__", ()) if base.__module__.startswith("lightning.")]
+    return next((UNFIT[base.__name__] for base in bases if base.__name__ in UNFIT), None)
+
+
 def _argument_problems(target: Any, node: Mapping[str, Any], where: str) -> Iterator[str]:
-    supplied = SUPPLIED.get(where.partition(".")[0], frozenset())
+    group = where.partition(".")[0]
+    supplied = SUPPLIED.get(group, frozenset())
+    may_choose = MAY_CHOOSE.get(str(node["_target_"]), frozenset())
     parameters = inspect.signature(target).parameters
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in node.items():
-        if key in KEYWORDS:
+        if key in KEYWORDS or (key in may_choose and value is None):
             continue
-        if key in supplied:
+        if key in supplied - may_choose:
             yield f"{where}.{key}={value}: comes from the run itself and cannot be set"
         elif value == "???":
             yield f"{where}.{key}: needs a value, there is no default; say {where}.{key}=VALUE"
         elif key not in parameters and not open_ended:
             names = [name for name in parameters if name not in supplied]
-            yield f"{where}.{key}: no such key{nearest(key, names)}; {node['_target_']} takes {', '.join(names)}"
+            hint = advice(f"{where}.{key}", names)
+            yield f"{where}.{key}: no such key{hint}; {node['_target_']} takes {', '.join(names)}"
         elif not _contains_target(value):
-            reason = _mismatch(value, hints.get(key, Any)) or _mismatch(value, RANGES.get(key, Any))
+            reason = _mismatch(value, hints.get(key, Any)) or _mismatch(value, RANGES.get(f"{group}.{key}", Any))
             if reason:
                 yield f"{where}.{key}={'null' if value is None else value}: {reason}"
     if node.get("_partial_"):
@@ -239,7 +299,7 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
         return (
             " or ".join(reasons).lower().replace("input should be", "should be").replace("a valid array", "a list")
             or "wrong type"
-        )
+        ).replace("less than inf", "finite")
     return None
 
 

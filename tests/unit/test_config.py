@@ -45,6 +45,10 @@ def test_values_that_fit_the_signature_pass():
         ({"scale": "2"}, "toy.scale=2: should be a valid number"),
         ({"scale": True}, "toy.scale=True: should be a valid number"),
         ({"table": {"x": "y"}}, "toy.table={'x': 'y'}: should be a valid integer"),
+        ({"table": {1: 2}}, "toy.table={1: 2}: the key 1 has to be a word, as in '1': 2"),
+        ({"table": {"x": 2**63}}, f"toy.table.x={2**63}: should be between "),
+        ({"scale": float("inf")}, "toy.scale=inf: should be finite"),
+        ({"sizes": [2**31]}, "toy.sizes=[2147483648]: should be less than or equal to 2147483647"),
         ({"scale": "???"}, "toy.scale: needs a value, there is no default; say toy.scale=VALUE"),
     ],
 )
