@@ -12,6 +12,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from espalier import cli
+from helpers import forked
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
 
@@ -60,11 +61,28 @@ def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str
 
 
 def launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m WORDS` in the folder, with the modules of the tests at hand."""
+    """`python -m WORDS` in the folder, with the modules of the tests at hand.
+
+    A copy of the fork server, unless a variable says something that is read while a program starts (`can_fork`).
+    """
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment}
+    return forked.run(["-m", *words], cwd=folder, env=own, timeout=120)
+
+
+def launch_anew(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`launch` in interpreters of their own, for what happens while a program starts."""
     own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment}
     return subprocess.run(
         [sys.executable, "-m", *words], cwd=folder, env=own, capture_output=True, text=True, timeout=120
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if sys.platform == "linux" and forked.ADDRESS not in os.environ:  # the workers of pytest-xdist share one
+        server = forked.server()
+        server.__enter__()
+        config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
 def run_in(folder: Path) -> Path:

@@ -1,8 +1,6 @@
 """A trained run becomes a smaller one: every recipe from the command line, its report, its checkpoint, its faults."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 from conftest import Command, command
+from helpers import forked
 from test_resume import CrashError, crash_at, tensors
 
 SMALL = ("model.depth=8", "model.width=8", "logger=[csv]", "callbacks=[checkpoint,monitor]")
@@ -61,7 +60,8 @@ assert "torch_pruning" not in sys.modules
 
 def logits_in_a_new_process(checkpoint: Path, folder: Path) -> torch.Tensor:
     file = folder / "logits.pt"
-    subprocess.run([sys.executable, "-c", RELOAD, str(checkpoint), str(file)], check=True, cwd=folder)
+    done = forked.run(["-c", RELOAD, checkpoint, file], cwd=folder)
+    assert done.returncode == 0, done.stderr
     return torch.load(file, weights_only=True)
 
 

@@ -1,6 +1,5 @@
 """A rank that dies, raises or hangs ends the whole run in time, with its cause in the last line and no orphan."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from espalier.prepare import num_processes, prepare
 from espalier.run import Run
 from espalier.signals import InterruptedByUserError, heeded
 
-MARKER = "TEST_OF_LAUNCH"
 RANKS = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -66,11 +64,11 @@ except Exception as error:
 
 
 def processes(folder: Path) -> list[int]:
-    """Those that were started in the folder, or by one that was."""
+    """Those that run in the folder: that were started there, or by one that was."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            is_ours = f"{MARKER}={folder}".encode() in (entry / "environ").read_bytes().split(b"\0")
+            is_ours = (entry / "cwd").readlink() == folder
         except OSError:  # of another user, or gone
             continue
         if is_ours:
@@ -81,9 +79,8 @@ def processes(folder: Path) -> list[int]:
 def start(folder: Path, *faults: str) -> subprocess.Popen[str]:
     """One small process per fault, watched by one more."""
     (folder / "ranks.py").write_text(RANKS)
-    environment = {**os.environ, MARKER: str(folder)}
     command = [sys.executable, "ranks.py", *faults]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +281,7 @@ cli.main()
 def test_a_training_ends_with_the_rank_that_fails(tmp_path: Path, fault: str, line: str):
     (tmp_path / "faulty.py").write_text(FAULTY)
     words = ("model=mlp", "model.hidden=[16]", *QUICK, "strategy=ddp_cpu", "trainer.strategy.timeout_seconds=4")
-    done = launch(tmp_path, "faulty", "train", *words, FAULT=fault, **{MARKER: str(tmp_path)})
+    done = launch(tmp_path, "faulty", "train", *words, FAULT=fault)
     assert done.stderr.splitlines()[-1] == f"espalier: {line}"
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1

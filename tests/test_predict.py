@@ -16,6 +16,7 @@ from conftest import Command
 from espalier.data.synthetic_images import SyntheticImages
 from espalier.export import onnx
 from espalier.export.bundle import read
+from helpers import forked
 from test_evaluate import DIGITS, QUIET, evaluated, made, metrics, report
 
 NUM_TRAIN = 1151
@@ -75,7 +76,7 @@ SLOW = ("task.split=train", "task.shard_size=4")  # 288 files take a second
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(espalier: Command, bundle: Path, tmp_path: Path):
     unbroken = predicted(espalier, bundle, *SLOW, to="unbroken")
     words = ["predict", f"source={bundle}", *SLOW, *QUIET, "hydra.run.dir=broken"]
-    process = subprocess.Popen([sys.executable, "-m", "espalier.cli", *words], cwd=tmp_path)
+    process = forked.Popen([sys.executable, "-m", "espalier.cli", *words], cwd=tmp_path)
     broken = tmp_path / "broken"
     wait_for(lambda: len(shards(broken)) >= 5, process)
     process.send_signal(signal.SIGKILL)

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor
 from conftest import Command, command, run_in
 from espalier.callbacks.monitor import Monitor
 from espalier.checkpoint import CheckpointIO
+from helpers import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The number of training batches")
 
@@ -210,12 +209,8 @@ cli.main()
 def test_resume_after_kill_9_while_a_checkpoint_is_written_is_bit_equal(
     espalier: Command, tmp_path: Path, unbroken: Path, sync: int, num_drafts: int
 ):
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_SAVING, "train", *EVERYTHING],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "KILLED_AT": str(sync)},
-        capture_output=True,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILLED_AT": str(sync)}
+    killed = forked.run(["-c", KILLED_WHILE_SAVING, "train", *EVERYTHING], cwd=tmp_path, env=environment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = run_in(tmp_path)
     assert len(list((run / "checkpoints").glob(".*.partial"))) == num_drafts

@@ -2,8 +2,6 @@
 
 import copy
 import io
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from espalier.compression.base import conversion, finalize, methods, replay
 from espalier.errors import ConfigError
 from espalier.export import onnx
 from espalier.run import Run
+from helpers import forked
 
 MODELS = options("model")
 SETTINGS = {  # for networks of a few channels
@@ -131,7 +130,8 @@ def test_every_method_is_rebuilt_in_a_new_process_to_the_last_bit(tmp_path: Path
         }
         torch.save(stored, tmp_path / f"{method}.pt")
     files = [str(tmp_path / f"{method}.pt") for method in expected]
-    subprocess.run([sys.executable, "-c", REBUILT, *files], check=True)
+    done = forked.run(["-c", REBUILT, *files])
+    assert done.returncode == 0, done.stderr
     found = {method: torch.load(tmp_path / f"{method}.logits", weights_only=True) for method in expected}
     assert [method for method in expected if not torch.equal(found[method], expected[method])] == []
 
