@@ -188,6 +188,10 @@ def _settle_runs(words: Sequence[str]) -> list[str]:
         if key == "resume" and value not in ("", "null"):
             path = runs.find(key, config.unquoted(value)).resolve()
             path = path.parent.parent if path.is_file() else path
+            if "${" in str(path):
+                raise ConfigError(
+                    f"{key}={path}: ${{...}} in the name of a run folder is read as an interpolation; rename it"
+                )
             settled[place] = f"{key}={config.quoted(str(path))}"
             settled.append(f"hydra.run.dir={config.quoted(str(path))}")
         if key == "source" and value not in ("", "null"):

@@ -3,6 +3,7 @@
 Standard library and omegaconf only, so a misspelt RUN is answered before torch is imported.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from espalier.config import RunConfig, at_home, parse, unquoted
 from espalier.errors import ConfigError
 
 LOGS = Path("logs")
+CHANGES = re.compile(r"\$\{(?!oc\.env:)")  # from start to start, or with other words than those of the folder
 LAST = "last.ckpt"  # what a run resumes from
 PREVIOUS = "previous.ckpt"  # the one before it, should it be damaged
 BEST = "BEST"  # the file that names the best checkpoint beside it; in a list of names: that checkpoint
@@ -69,12 +71,13 @@ def begun(words: Sequence[str]) -> Path | None:
     folders = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
     if not folders:
         raise ConfigError("resume=auto: needs a folder that is the same each time; add hydra.run.dir=FOLDER")
+    said = unquoted(folders[-1])
+    if CHANGES.search(said):
+        raise ConfigError(f"resume=auto: needs a folder that is the same each time, not hydra.run.dir={said}")
     try:
-        folder = Path(at_home(OmegaConf.create({"folder": unquoted(folders[-1])}).folder))
+        folder = Path(at_home(OmegaConf.create({"folder": said}).folder))
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"resume=auto: needs a folder that is the same each time, not hydra.run.dir={folders[-1]}"
-        ) from error
+        raise ConfigError(f"hydra.run.dir={said}: {str(error).splitlines()[0]}") from error
     return folder if any((folder / "checkpoints" / name).is_file() for name in RESUMED) else None
 
 

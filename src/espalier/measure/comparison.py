@@ -1,4 +1,7 @@
-"""Finished runs beside each other: how they were configured, what was measured, and which are worth their cost."""
+"""Finished runs beside each other: how they were configured, what was measured, and which are worth their cost.
+
+A run may be a stranger's: no link in it is followed, and no text of it can command a terminal.
+"""
 
 import json
 import math
@@ -17,6 +20,7 @@ from espalier.measure import report
 from espalier.measure.figures import LOWER_IS_BETTER
 from espalier.measure.report import Columns
 from espalier.spec import Report
+from espalier.terminal import printable
 
 DATED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(\w+)")  # the folder of a run, as conf/hydra/default.yaml names it
 NOT_CHOSEN = ("seed", "source", "resume")  # what runs of the same configuration may differ in
@@ -67,14 +71,14 @@ def read(key: str, folders: Sequence[Path]) -> list[Entry]:
     """The reports, configurations and provenance of run folders.
 
     Raises:
-        ConfigError: a folder has no report, a damaged one, or one of another version; or is named twice.
+        ConfigError: a folder has no report, a damaged one, a link, or one of another version; or is named twice.
     """
     if twice := [str(folder) for place, folder in enumerate(folders) if folder in folders[:place]]:
         raise ConfigError(*(f"{key}={folder}: named twice; a comparison shows a run once" for folder in twice))
     reports = [_report(key, folder) for folder in folders]
     names = _names(folders)
     return [
-        Entry(name, folder, found, _flat(_yaml(key, folder)), _json(folder / "provenance.json"))
+        Entry(name, folder, found, _flat(_yaml(key, folder)), _json(key, folder))
         for name, folder, found in zip(names, folders, reports, strict=True)
     ]
 
@@ -85,6 +89,15 @@ def name_of(folder: Path) -> str:
         if dated := DATED.fullmatch(parent.name):
             return f"{parent.parent.name} {dated[1]}{rest}"
     return folder.name
+
+
+def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the figures of a run, and what lies among them but is no file of its own: links, pipes."""
+    figures = folder / "figures"
+    if figures.is_symlink():
+        return [], [figures]
+    found = sorted(figures.glob("*.png"))
+    return [file for file in found if _is_own(file)], [file for file in found if not _is_own(file)]
 
 
 def differences(entries: Sequence[Entry]) -> Columns:
@@ -195,16 +208,19 @@ def cautions(entries: Sequence[Entry]) -> Iterator[str]:
     for entry in entries:
         if not entry.config:
             yield f"{entry.name} left no config.yaml, so its differences are not shown"
+        for file in pictures(entry.folder)[1]:
+            left_out = printable(str(file.relative_to(entry.folder)))
+            yield f"{entry.name}: {left_out} is a link or no file, so it is left out"
 
 
 def _report(key: str, folder: Path) -> Report:
     file = folder / report.JSON_NAME
-    if not file.is_file():
+    if not _is_there(key, file):
         raise ConfigError(
             f"{key}={folder}: holds no {report.JSON_NAME}, so it is no finished run; report takes the folders of runs"
         )
     try:
-        stored = json.loads(file.read_bytes())
+        stored = _printable(json.loads(file.read_bytes()))
     except (OSError, ValueError, RecursionError):
         raise ConfigError(f"{key}={file}: damaged, no JSON; run its task again") from None
     if isinstance(stored, dict) and stored.get("schema", 1) != 1:
@@ -226,24 +242,50 @@ def _report(key: str, folder: Path) -> Report:
 def _yaml(key: str, folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     try:
-        found = yaml.safe_load(file.read_bytes()) if file.is_file() else {}
+        found = _printable(yaml.safe_load(file.read_bytes())) if _is_there(key, file) else {}
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{key}={file}: damaged, no YAML; run its task again, or remove the file") from None
     return found if isinstance(found, dict) else {}
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """What a file holds; empty where it is missing or damaged, as no number depends on it."""
+def _json(key: str, folder: Path) -> dict[str, Any]:
+    """What is known of the origin; empty where the file is missing or damaged, as no number depends on it."""
+    file = folder / "provenance.json"
     try:
-        found = json.loads(file.read_bytes())
+        found = _printable(json.loads(file.read_bytes())) if _is_there(key, file) else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
+def _is_there(key: str, file: Path) -> bool:
+    """Whether the run has this file.
+
+    Raises:
+        ConfigError: what has its name is a link, which may lead to a file that the page is not meant to show.
+    """
+    if file.is_symlink():
+        raise ConfigError(f"{key}={file}: a link, and report follows none; copy the file that it means")
+    return file.is_file()
+
+
+def _is_own(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink()
+
+
+def _printable(tree: Any) -> Any:
+    """Plain types whose texts are lines that every terminal shows as letters."""
+    if isinstance(tree, dict):
+        return {_printable(key): _printable(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_printable(value) for value in tree]
+    return printable(tree).replace("\n", " ") if isinstance(tree, str) else tree
+
+
 def _names(folders: Sequence[Path]) -> list[str]:
-    short = [name_of(folder) for folder in folders]
-    return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
+    short = [_printable(name_of(folder)) for folder in folders]
+    full = [_printable(str(folder)) for folder in folders]
+    return [name if short.count(name) == 1 else path for name, path in zip(short, full, strict=True)]
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

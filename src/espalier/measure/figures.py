@@ -15,7 +15,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -228,5 +229,18 @@ def _write_counts(axes: Axes, counts_KK: Tensor, share_KK: Tensor) -> None:
 
 def save(figure: Figure, target: Path) -> None:
     """A PNG; its folder is made where it is missing."""
+    _take_literally(figure)
     target.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_figure(str(target))
+
+
+def _take_literally(figure: Figure) -> None:
+    """Show each `$` of a name as it is, where matplotlib would read a formula; log axes have formulas of its own."""
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    of_ticks = [
+        axis.get_ticklabels(which="both") for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)
+    ]
+    formulas = {label for labels in of_ticks for label in labels}
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and text not in formulas:
+            text.set_parse_math(False)

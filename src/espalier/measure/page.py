@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from espalier.measure.comparison import Entry
+from espalier.measure.comparison import Entry, pictures
 from espalier.measure.report import MISSING, Columns
 from espalier.spec import Report
+from espalier.terminal import printable
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --pale: #606060; --line: #dcdcdc; --ground: #fff; --card: #f6f6f6 }
@@ -55,7 +56,7 @@ def html(
             _list(done.notes),
             "<h2>Measured</h2>",
             _table(measured),
-            *_pictures(figures, title),
+            *_pictures(sorted(figures.glob("*.png")), title),
             *(["<h2>Differences in the configuration</h2>", _table(differing)] if differing else []),
             "<h2>Runs</h2>" if len(entries) > 1 else "<h2>Run</h2>",
             *(_run(entry, is_open=len(entries) == 1) for entry in entries),
@@ -73,7 +74,7 @@ def markdown(title: str, entries: Sequence[Entry], measured: Columns, differing:
         parts += ["## Differences in the configuration", _markdown_table(differing)]
     parts += [
         "## Runs",
-        "\n".join(f"* {_plain(entry.name)}: `{str(entry.folder).replace('`', '')}`" for entry in entries),
+        "\n".join(f"* {_plain(entry.name)}: `{printable(str(entry.folder)).replace('`', '')}`" for entry in entries),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -84,7 +85,7 @@ def _run(entry: Entry, *, is_open: bool) -> str:
     commit = str(git.get("commit")) + (" and changes" if git.get("dirty") else "") if isinstance(git, dict) else None
     command = entry.provenance.get("command")
     facts: Mapping[str, object] = {
-        "folder": entry.folder,
+        "folder": printable(str(entry.folder)),
         "task": entry.report.task,
         "command": " ".join(map(str, command)) if isinstance(command, list) else None,
         "source": entry.report.source,
@@ -96,17 +97,17 @@ def _run(entry: Entry, *, is_open: bool) -> str:
     terms = "".join(
         f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items() if value not in (None, "")
     )
-    pictures = "\n".join(_pictures(entry.folder / "figures", entry.name))
+    drawn = "\n".join(_pictures(pictures(entry.folder)[0], entry.name))
     return (
         f"<details{' open' if is_open else ''}><summary>{escape(entry.name)}</summary>\n<dl>{terms}</dl>\n"
-        f"{_list(entry.report.notes)}\n{pictures}</details>"
+        f"{_list(entry.report.notes)}\n{drawn}</details>"
     )
 
 
-def _pictures(folder: Path, name: str) -> Iterator[str]:
-    for file in sorted(folder.glob("*.png")):
+def _pictures(files: Sequence[Path], name: str) -> Iterator[str]:
+    for file in files:
         data = base64.b64encode(file.read_bytes()).decode()
-        alt = escape(f"{file.stem.replace('_', ' ')}: {name}", quote=True)
+        alt = escape(f"{printable(file.stem).replace('_', ' ')}: {name}", quote=True)
         yield f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 

@@ -235,7 +235,7 @@ def finite(value: Any) -> Any:
 def _replace(target: Path, text: str) -> None:
     """A crash leaves the old file or the new one, never a part of either."""
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
+    with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
