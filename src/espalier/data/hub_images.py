@@ -119,7 +119,7 @@ class HubImages(DataModule):
         readers = {split: self._reader(part, split, values) for split, part in parts.items()}
         num_pictures = sum(map(len, readers.values())) + len(bad)
         splits: dict[str, Samples | Reader] = {}
-        for split, reader in readers.items():
+        for split, reader in list(readers.items()):
             samples, found = reader.all() if self.in_memory else (None, reader.broken())
             bad += [f"{each.name}: {each.reason}" for each in found]
             readers[split] = rest = reader.without(found)
@@ -152,7 +152,7 @@ class HubImages(DataModule):
                 parts[split] = self._chosen(official, name, f"data.{split}_split", bad)
             else:
                 parts[split], train = self._carved(train, split, share)
-        return {"train": train, **parts}
+        return {"train": train, "val": parts["val"], "test": parts["test"]}
 
     def _chosen(self, official: Mapping[str, Part], name: str, key: str, bad: list[str]) -> Labelled:
         """A split without the rows whose label is none, which join `bad`."""
