@@ -172,6 +172,9 @@ class HubImages(DataModule):
             raise ConfigError(
                 f"data.label_column={self.columns[1]}: a split has labels below 0, so none; name another split"
             )
+        if not labels:
+            self._settle(bad, len(bad))
+            raise ConfigError(f"data.path={shown(self.path)}: the {name} split holds no picture with a label")
         return Labelled(part, places, labels)
 
     def _carved(self, train: Labelled, split: str, share: float) -> tuple[Labelled, Labelled]:
@@ -192,11 +195,12 @@ class HubImages(DataModule):
         if names:
             values: list[Any] = list(range(len(names))) if isinstance(train.part, Table) else list(names)
         else:
-            values = np.unique(train.labels).tolist() if train.labels else []
+            values = np.unique(train.labels).tolist()
             names = tuple(str(value) for value in values)
         if len(names) < 2:
-            given = f"one class alone, {shown(names[0])}" if names else "no labelled picture to train on"
-            raise ConfigError(f"data.path={shown(self.path)}: {given}; a classifier needs two classes")
+            raise ConfigError(
+                f"data.path={shown(self.path)}: one class alone, {shown(names[0])}; a classifier needs two"
+            )
         return names, values
 
     def _reader(self, labelled: Labelled, split: str, values: Sequence[Any]) -> ImageReader:
