@@ -29,7 +29,7 @@ def test_letters_without_a_font_cost_one_line_however_many_figures(tmp_path, mon
         for _ in range(2):
             figures.confusion_matrix(np.eye(2), [CJK, "cat"], tmp_path / "confusion.png")
     [record] = caplog.records
-    assert "2 of the letters in names" in record.message
+    assert "has 2 letters of the class names" in record.message
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
