@@ -40,6 +40,21 @@ WRONG = {
     "missing resume": (["resume=nowhere"], "resume=nowhere", "no such run"),
     "no latest run": (["source=latest"], "source=latest", "no finished run"),
     "missing data folder": (["data=hub_images", "data.path=./nowhere"], "data.path=./nowhere", "nowhere"),
+    "background that is no colour": (
+        ["data=hub_images", "data.path=.", "data.background=wite"],
+        "background=wite",
+        "white, black",
+    ),
+    "broken pictures to be mended": (
+        ["data=hub_images", "data.path=.", "data.broken=mend"],
+        "data.broken=mend",
+        "skip",
+    ),
+    "standard deviation 0": (
+        ["data=hub_images", "data.path=.", "data.mean=[0,0,0]", "data.std=[0,1,1]"],
+        "data.std",
+        "above 0",
+    ),
     "learner for other data": (["data=diabetes", "learner=classifier"], "learner", "learner=regressor"),
     "model for other data": (["data=breast_cancer", "model=cnn"], "model", "30"),
     "key of other options": (

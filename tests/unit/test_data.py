@@ -14,11 +14,12 @@ from espalier.data.diabetes import Diabetes
 from espalier.data.digits import Digits
 from espalier.data.loaders import Samples
 from espalier.data.mixing import Mixup
-from espalier.data.module import DataModule
+from espalier.data.module import DataModule, Splits
 from espalier.data.prepare import Prepare
 from espalier.data.splits import statistics, stratified
 from espalier.data.synthetic_images import SyntheticImages
 from espalier.errors import ConfigError
+from espalier.spec import DataSpec
 
 SPLITS = ("train", "val", "test")
 
@@ -241,3 +242,49 @@ def test_raw_images_stay_eight_bit():
     train = Digits(batch_size=64, augment={}, seed=0).splits.train
     assert isinstance(train, Samples)
     assert train.x.dtype == torch.uint8
+
+
+class Measured(DataModule):
+    """A table that the test supplies, in all three splits."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        super().__init__(batch_size=2, seed=0, augment={})
+        self.table = Samples(x, y)
+
+    def load(self) -> Splits:
+        mean, std = statistics(self.table.x, scale=1.0)
+        names = () if self.table.y.is_floating_point() else ("no", "yes")
+        spec = DataSpec("measured", (self.table.x.shape[1],), 1.0, mean, std, names)
+        return Splits(spec, self.table, self.table, self.table)
+
+
+def test_a_feature_that_is_nan_or_infinite_is_one_line_that_says_where():
+    x = torch.arange(12.0).view(4, 3)
+    x[2, 1], x[3, 0], x[3, 2] = torch.nan, torch.inf, torch.nan
+    with pytest.raises(
+        ConfigError, match=r"2 of 4 train samples are NaN or infinite, the first in sample 2, feature 1"
+    ):
+        _ = Measured(x, torch.tensor([0, 1, 0, 1])).spec
+    with pytest.raises(ConfigError, match="data: 1 of 4 train targets are NaN or infinite, the first in sample 1"):
+        _ = Measured(torch.arange(12.0).view(4, 3), torch.tensor([0.0, torch.nan, 1.0, 2.0])).spec
+
+
+def test_features_and_targets_that_never_change_are_noted():
+    x = torch.arange(12.0).view(4, 3)
+    x[:, 1] = 5
+    data = Measured(x, torch.full((4,), 2.5))
+    _ = data.spec
+    assert data.notes == [
+        "constant in all training samples: features 1; they are only centred",
+        "all training targets are 2.5, so nothing can be learnt from them",
+    ]
+    alike = Measured(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))
+    _ = alike.spec
+    assert alike.notes == ["all 4 training samples are the same, so nothing can be learnt from them"]
+
+
+@option
+def test_the_data_that_come_along_have_nothing_to_note(make):
+    data = make()
+    _ = data.spec
+    assert data.notes == []

@@ -1,5 +1,8 @@
 """`hub_images` on folders and parquet files that these tests write; the hub itself is switched off."""
 
+import struct
+import zlib
+
 import datasets
 import huggingface_hub
 import numpy as np
@@ -8,10 +11,11 @@ import torch
 from PIL import Image
 
 from espalier import errors
-from espalier.data import picture_table, pictures
+from espalier.data import image_reader, picture_table, pictures
 from espalier.data.hub_images import HubImages, ImageReader
 from espalier.data.loaders import BatchLoader, StreamLoader
-from espalier.errors import ConfigError
+from espalier.errors import ConfigError, EspalierError
+from espalier.spec import DataSpec
 
 SIDE = 6
 SHADES = {"cat": 10, "dog": 120, "owl": 230}  # images of a class are around one shade
@@ -247,3 +251,150 @@ def test_a_missing_extra_names_what_to_install(monkeypatch, tmp_path):
 def test_half_of_the_statistics_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give both or neither"):
         images(tmp_path, mean=[0.5, 0.5, 0.5])
+
+
+def damage(root) -> None:
+    """Three files that are no pictures, each in its own way, beside whole ones."""
+    (root / "cat" / "cut.png").write_bytes((root / "cat" / "1.png").read_bytes()[:45])
+    (root / "dog" / "empty.png").write_bytes(b"")
+    content = bytearray((root / "owl" / "1.png").read_bytes())
+    content[16:24] = struct.pack(">LL", 20_000, 20_000)  # what the head claims
+    content[29:33] = struct.pack(">L", zlib.crc32(content[12:29]))
+    (root / "owl" / "huge.png").write_bytes(content)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_all_damaged_pictures_are_listed_before_anything_is_trained(tmp_path, in_memory):
+    write_folder(tmp_path / "pets", num=10)
+    damage(tmp_path / "pets")
+    message = one_line(images(tmp_path / "pets", in_memory=in_memory))
+    assert "3 of 33 pictures cannot be used" in message
+    for part in ("cat/cut.png: truncated", "dog/empty.png: empty", "owl/huge.png: larger than", "data.broken=skip"):
+        assert part in message
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_damaged_pictures_can_be_left_out_and_are_named(tmp_path, in_memory):
+    write_folder(tmp_path / "pets", num=10)
+    damage(tmp_path / "pets")
+    data = images(tmp_path / "pets", in_memory=in_memory, broken="skip")
+    assert sum(sizes(data).values()) == 30
+    assert any("left out by data.broken=skip: 3 of 33" in note and "cat/cut.png" in note for note in data.notes)
+    again = images(tmp_path / "pets", in_memory=True, broken="skip")
+    for split in ("train", "val", "test"):
+        ours, theirs = getattr(data.splits, split), getattr(again.splits, split)
+        seen = ours if in_memory else ours.__getitems__(list(range(len(ours))))
+        assert torch.equal(seen.x, theirs.x)
+        assert torch.equal(seen.y, theirs.y)
+
+
+def test_heads_and_ends_tell_what_is_damaged_where_not_all_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_reader, "NUM_DECODED", 0)
+    write_folder(tmp_path / "pets", num=10)
+    damage(tmp_path / "pets")
+    assert "3 of 33 pictures cannot be used" in one_line(images(tmp_path / "pets", in_memory=False))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_file_that_vanishes_while_it_is_needed_is_one_line_with_its_name(tmp_path, num_workers):
+    write_folder(tmp_path / "pets", num=10)
+    data = images(tmp_path / "pets", in_memory=False, num_workers=num_workers)
+    _ = data.splits
+    for path in (tmp_path / "pets" / "owl").iterdir():
+        path.unlink()
+    with pytest.raises(EspalierError, match=r"^data\.path=\S+: owl/\d\.png: not read, no such file") as caught:
+        list(data.train_dataloader())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 0.5], ids=["null", "nan", "half"])
+def test_a_label_that_is_none_is_listed_and_can_be_left_out(tmp_path, value):
+    rows = table(10, "number").to_pandas()
+    rows["kind"] = rows["kind"].astype(float)
+    rows.loc[[4, 17], "kind"] = value
+    rows.to_parquet(tmp_path / "pets.parquet")
+    knobs = {"image_column": "photo", "label_column": "kind"}
+    message = one_line(images(tmp_path / "pets.parquet", **knobs))
+    assert "2 of 30 pictures cannot be used: train row 4: " in message
+    assert "train row 17: " in message
+    left = images(tmp_path / "pets.parquet", **knobs, broken="skip")
+    assert sum(sizes(left).values()) == 28
+    assert left.spec.class_names == ("0", "1", "2")
+
+
+def test_a_row_without_a_picture_and_lists_as_labels_are_listed(tmp_path):
+    plain = table(10).cast_column("photo", datasets.Image(decode=False))
+    photos = [row["photo"]["bytes"] if number != 7 else None for number, row in enumerate(plain)]
+    kinds = [[row["kind"]] for row in plain]
+    datasets.Dataset.from_dict({"photo": photos, "kind": kinds}).to_parquet(tmp_path / "lists.parquet")
+    datasets.Dataset.from_dict({"photo": photos, "kind": plain["kind"][:]}).to_parquet(tmp_path / "null.parquet")
+    knobs = {"image_column": "photo", "label_column": "kind"}
+    assert "1 of 30 pictures cannot be used: train row 7: no picture" in one_line(
+        images(tmp_path / "null.parquet", **knobs)
+    )
+    message = one_line(images(tmp_path / "lists.parquet", **knobs))
+    assert "30 of 30 pictures cannot be used: train row 0: the label [0], " in message
+    assert message.count("train row") == 10
+
+
+def test_what_was_found_is_one_remark_and_so_are_classes_that_a_split_lacks(tmp_path):
+    write_folder(tmp_path / "pets" / "train", num=4, names=("cat", "dog"))
+    write_folder(tmp_path / "pets" / "val", num=1, names=("cat",))
+    write_folder(tmp_path / "pets" / "test", num=2)
+    (tmp_path / "pets" / "train" / "cat" / "notes.txt").touch()
+    data = images(tmp_path / "pets")
+    assert data.spec.class_counts == (4, 4, 0)
+    assert data.notes == [
+        f"{tmp_path}/pets: 3 classes (cat, dog, owl); train 8 pictures of 2 classes, val 1 of 1, test 6 of 3; "
+        "left out: 1 that are no picture by their name (train/cat/notes.txt)",
+        "no training picture of owl; no val picture of dog, owl; "
+        "a class without training pictures is an output that learns nothing",
+    ]
+
+
+def test_pictures_that_are_all_of_one_colour_are_noted(tmp_path):
+    for name in SHADES:
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (SIDE, SIDE), (7, 7, 7)).save(tmp_path / "pets" / name / f"{number}.png")
+    for in_memory in (True, False):
+        data = images(tmp_path / "pets", in_memory=in_memory)
+        _ = data.spec
+        assert "samples are the same, so nothing can be learnt" in data.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("num", "changes", "key"), [(1, {}, "test_share=0.2"), (10, {"val_share": 0.001}, "val_share=0.001")]
+)
+def test_too_few_pictures_are_one_line_that_names_the_share(tmp_path, num, changes, key):
+    write_folder(tmp_path / "pets", num=num)
+    assert f"data.{key}: shares [" in one_line(images(tmp_path / "pets", **changes))
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_not_needed_for_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nope/datasets")
+    monkeypatch.setenv("HF_HOME", "/proc/nope")
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    table(10).to_parquet(tmp_path / "pets.parquet")
+    message = one_line(images(tmp_path / "pets.parquet", image_column="photo", label_column="kind"))
+    assert message.startswith("HF_HOME=/proc/nope: the cache of datasets, /proc/nope/datasets, cannot be written")
+    write_folder(tmp_path / "pets", num=10)
+    assert sum(sizes(images(tmp_path / "pets")).values()) == 30
+
+
+def test_transparent_pictures_lie_on_the_background_which_the_spec_keeps(tmp_path):
+    for name in SHADES:
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGBA", (SIDE, SIDE), (number, 0, 0, 0)).save(tmp_path / "pets" / name / f"{number}.png")
+    data = images(tmp_path / "pets", background="#0a14ff")
+    assert data.splits.train.x[0, :, 0, 0].tolist() == [10, 20, 255]
+    assert DataSpec.from_dict(data.spec.to_dict()).background == (10, 20, 255)
+    stored = {key: value for key, value in data.spec.to_dict().items() if key != "background"}
+    assert DataSpec.from_dict(stored).background == (0, 0, 0)
+
+
+@pytest.mark.parametrize("std", [[0.0, 1.0, 1.0], [float("nan"), 1.0, 1.0], [1.0]])
+def test_statistics_that_cannot_be_divided_by_are_refused(tmp_path, std):
+    with pytest.raises(ValueError, match=r"data\.std"):
+        images(tmp_path, mean=[0.5] * len(std), std=std)

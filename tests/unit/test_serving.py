@@ -136,8 +136,8 @@ def test_pictures_share_one_limit_of_pixels() -> None:
 
 def test_a_format_that_is_not_on_the_list_is_not_decoded() -> None:
     file = BytesIO()
-    Image.new("L", (2, 2)).save(file, "TIFF")
-    with pytest.raises(RequestError, match="cannot be read"):
+    Image.new("L", (16, 16)).save(file, "ICO")
+    with pytest.raises(RequestError, match="cannot be read: no picture of PNG"):
         inputs.pictures(PICTURE, [file.getvalue()])
 
 

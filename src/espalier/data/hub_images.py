@@ -119,7 +119,7 @@ class HubImages(DataModule):
         readers = {split: self._reader(part, split, values) for split, part in parts.items()}
         num_pictures = sum(map(len, readers.values())) + len(bad)
         splits: dict[str, Samples | Reader] = {}
-        for split, reader in readers.items():
+        for split, reader in list(readers.items()):
             samples, found = reader.all() if self.in_memory else (None, reader.broken())
             bad += [f"{each.name}: {each.reason}" for each in found]
             readers[split] = rest = reader.without(found)
@@ -152,7 +152,7 @@ class HubImages(DataModule):
                 parts[split] = self._chosen(official, name, f"data.{split}_split", bad)
             else:
                 parts[split], train = self._carved(train, split, share)
-        return {"train": train, **parts}
+        return {"train": train, "val": parts["val"], "test": parts["test"]}
 
     def _chosen(self, official: Mapping[str, Part], name: str, key: str, bad: list[str]) -> Labelled:
         """A split without the rows whose label is none, which join `bad`."""
@@ -172,6 +172,9 @@ class HubImages(DataModule):
             raise ConfigError(
                 f"data.label_column={self.columns[1]}: a split has labels below 0, so none; name another split"
             )
+        if not labels:
+            self._settle(bad, len(bad))
+            raise ConfigError(f"data.path={shown(self.path)}: the {name} split holds no picture with a label")
         return Labelled(part, places, labels)
 
     def _carved(self, train: Labelled, split: str, share: float) -> tuple[Labelled, Labelled]:
@@ -192,11 +195,12 @@ class HubImages(DataModule):
         if names:
             values: list[Any] = list(range(len(names))) if isinstance(train.part, Table) else list(names)
         else:
-            values = np.unique(train.labels).tolist() if train.labels else []
+            values = np.unique(train.labels).tolist()
             names = tuple(str(value) for value in values)
         if len(names) < 2:
-            given = f"one class alone, {shown(names[0])}" if names else "no labelled picture to train on"
-            raise ConfigError(f"data.path={shown(self.path)}: {given}; a classifier needs two classes")
+            raise ConfigError(
+                f"data.path={shown(self.path)}: one class alone, {shown(names[0])}; a classifier needs two"
+            )
         return names, values
 
     def _reader(self, labelled: Labelled, split: str, values: Sequence[Any]) -> ImageReader:

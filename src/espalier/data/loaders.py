@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from espalier import seeding
-from espalier.errors import ConfigError
+from espalier.errors import ConfigError, EspalierError
 
 ORDER_STREAM = 1  # keeps the order apart from other users of (seed, epoch)
 PREFETCH = 2  # batches that each worker prepares ahead
@@ -155,7 +155,7 @@ class StreamLoader(Loader):
         super().__init__(order, device)
         self.finish = finish
         self._plan = _Plan()
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Batch | EspalierError] = DataLoader(
             _Indexed(reader),
             batch_sampler=self._plan,
             collate_fn=_unchanged,
@@ -181,7 +181,10 @@ class StreamLoader(Loader):
     def _batches(self, start: int) -> Iterator[Batch]:
         epoch = self.sampler.epoch
         self._plan.batches = [index_B.tolist() for index_B in self.sampler.batches(torch.device("cpu"))[start:]]
-        for x, y, index in self._loader:
+        for read in self._loader:
+            if isinstance(read, EspalierError):
+                raise read
+            x, y, index = read
             raw, target, index_B = (value.to(self.device, non_blocking=True) for value in (x, y, index))
             yield self.finish(raw, target, index_B, epoch)
 
@@ -208,8 +211,12 @@ class _Indexed(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        samples = self.reader.__getitems__(indices)
+    def __getitems__(self, indices: list[int]) -> Batch | EspalierError:
+        """Hand an error of ours over as a value: a worker's exception arrives with its traceback as its message."""
+        try:
+            samples = self.reader.__getitems__(indices)
+        except EspalierError as error:
+            return error
         return Batch(samples.x, samples.y, torch.tensor(indices, dtype=torch.int64))
 
 

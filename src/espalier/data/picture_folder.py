@@ -236,8 +236,8 @@ def _splits(root: str, top: _Folder) -> dict[str, _Folder]:
         flat = [name for name in top.folders if name not in candidates and WORDS[name.casefold()] == "train"]
         if flat or not candidates:
             raise ConfigError(
-                f"data.path={shown(root)}: {' and '.join(map(shown, flat or top.folders))} hold pictures but no class "
-                "folders; put those of each class into a folder of its own, train/CLASS/1.png"
+                f"data.path={shown(root)}: no class folders in {' and '.join(map(shown, flat or top.folders))}; put "
+                "the pictures of each class into a folder of its own, train/CLASS/1.png"
             )
         return {split: candidates[names[0]] for split, names in of_split.items()}
     trains = of_split.get("train", [])

@@ -9,6 +9,7 @@ from torch import Tensor
 from espalier.explain.shown import Shown
 from espalier.measure import attributions
 from espalier.measure.attributions import Explained
+from espalier.measure.lettering import plain
 from espalier.spec import DataSpec
 
 
@@ -22,18 +23,17 @@ def draw(spec: DataSpec, predicted: Tensor, shown: Shown, maps: Mapping[str, Ten
         )
         for place in range(len(shown))
     ]
+    data = plain(spec.name)
     drawing = attributions.pictures if spec.is_image else attributions.bars
     groups: dict[int, list[Explained]] = {}
     for sample, y in zip(samples, shown.y.tolist(), strict=True):
         groups.setdefault(y if spec.num_classes else 0, []).append(sample)
     for number, group in groups.items():
         name = spec.class_names[number] if spec.num_classes else "output"
-        title = f"{spec.name}, {split} split, " + (
-            f"true class {attributions.short(name)}" if spec.num_classes else name
-        )
+        title = f"{data}, {split} split, " + (f"true class {attributions.short(name)}" if spec.num_classes else name)
         drawing(group, title, folder / f"explain_{_file_name(name, number, spec)}.png")
     overview = [group[0] for group in groups.values()] if spec.is_image else samples
-    drawing(overview, f"{spec.name}, {split} split", folder / "explain.png")
+    drawing(overview, f"{data}, {split} split", folder / "explain.png")
 
 
 def _label(spec: DataSpec, shown: Shown, predicted: Tensor, place: int) -> str:

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from espalier.measure.figures import BLUE, GREY, ORANGE, STYLE, save
+from espalier.measure.lettering import plain
 
 SIGNED = "RdBu"
 CELL = 1.45  # inches a side of a picture
@@ -84,7 +85,7 @@ def bars(samples: Sequence[Explained], title: str, target: Path) -> None:
 
 def short(name: str) -> str:
     """A class name that fits a label."""
-    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
+    return plain(name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…")
 
 
 def _show_picture(axes: Axes, picture: NDArray[Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from espalier.measure import report
 from espalier.measure.figures import ARTIFACTS, BLUE, GREY, MAX_POINTS, ORANGE, STYLE, save
+from espalier.measure.lettering import plain
 from espalier.measure.predictions import Calibration
 
 ERROR_COLUMNS = 6  # pictures in a row
@@ -105,4 +106,4 @@ def robustness(clean: float, harmed: Mapping[str, Sequence[float]], metric: str,
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= SHORT_NAME else f"{name[: SHORT_NAME - 1]}…"
+    return plain(name if len(name) <= SHORT_NAME else f"{name[: SHORT_NAME - 1]}…")

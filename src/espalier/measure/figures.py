@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, MaxNLocat
 from numpy.typing import NDArray
 from torch import Tensor
 
-from espalier.measure import report
+from espalier.measure import lettering, report
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
 COLOURS = {"train": BLUE, "val": ORANGE}
@@ -211,7 +211,7 @@ def scale_axis(axes: Axes, values: Sequence[float], text: Callable[[float], str]
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    places = range(len(class_names))
+    places, class_names = range(len(class_names)), [lettering.plain(name) for name in class_names]
     is_long = max(map(len, class_names)) > 3
     axes.set_xticks(places, class_names, rotation=45 if is_long else 0, ha="right" if is_long else "center")
     axes.set_yticks(places, class_names)
@@ -231,7 +231,8 @@ def save(figure: Figure, target: Path) -> None:
     """A PNG; its folder is made where it is missing."""
     _take_literally(figure)
     target.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(str(target))
+    with lettering.provided(figure):
+        FigureCanvasAgg(figure).print_figure(str(target))
 
 
 def _take_literally(figure: Figure) -> None:

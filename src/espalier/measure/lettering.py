@@ -1,0 +1,67 @@
+"""Names that users gave, as figures can write them: on one line, and in a font for letters that the usual one lacks."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+LAST_RESORT = "Last Resort"  # ships with matplotlib, and has a box for every letter
+NUM_TOLD = 20  # letters in a message
+
+log = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+def plain(name: str) -> str:
+    """Return a name on one line."""
+    return " ".join(name.split("\n"))
+
+
+@contextmanager
+def provided(figure: Figure) -> Iterator[None]:
+    """While the figure is drawn, letters come from whichever installed font has them; what none has is said once."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_ticklabels()  # which makes them
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text) and not text.get_text().isascii()]
+    letters = {letter for text in texts for letter in text.get_text() if not letter.isspace()}
+    missing = frozenset(letters - _letters_of(font_manager.findfont(font_manager.FontProperties())))
+    fonts, boxes = _fonts_with(missing) if missing else ((), frozenset())
+    for text in texts if fonts else ():
+        text.set_fontfamily([*text.get_fontfamily(), *fonts])
+    if boxes - _told:
+        _told.update(boxes)
+        some = "".join(sorted(boxes)[:NUM_TOLD])
+        log.warning(
+            "figures: no installed font has %d letters of the class names (%s), which become boxes", len(boxes), some
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+
+@cache
+def _fonts_with(missing: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """As few installed fonts as have these letters, and the letters that none has."""
+    upright = {font.name: font.fname for font in font_manager.fontManager.ttflist if font.style == "normal"}
+    have = {name: missing & _letters_of(path) for name, path in sorted(upright.items()) if LAST_RESORT not in name}
+    chosen: list[str] = []
+    while have:
+        best = max(have, key=lambda name: len(have[name] & missing))
+        if not have[best] & missing:
+            break
+        chosen.append(best)
+        missing -= have[best]
+    return tuple(chosen), missing
+
+
+def _letters_of(path: str) -> set[str]:
+    try:
+        return set(map(chr, font_manager.get_font(path).get_charmap()))
+    except (OSError, RuntimeError):  # a font that was removed, or none
+        return set()
