@@ -28,7 +28,7 @@ from served import Server, endless_bundle, linear_bundle, serving
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
 SPEC = DataSpec("pictures", (1, 2, 2), scale=16.0, mean=(0.0,), std=(1.0,), class_names=("dark", "bright"))
 WEIGHT = np.array([[0.0, 1.0]] * 4) - np.array([[0.5, 0.0]])  # the more light, the brighter
-FUZZ = Path(__file__).parents[1] / "scripts" / "fuzz_serving.py"
+REQUESTS = Path(__file__).parents[1] / "scripts" / "chaos" / "requests.py"
 DARK, BRIGHT = [[[0, 0], [0, 0]]], [[[16, 16], [16, 16]]]
 
 
@@ -448,8 +448,9 @@ def test_a_port_that_is_taken_is_named(espalier: Command, runs: Path) -> None:
     assert f"task.port={port}: cannot listen there: Address already in use" in outcome.err
 
 
-def test_it_stands_damaged_requests_while_it_answers_good_ones(bundle: Path) -> None:
-    words = [sys.executable, str(FUZZ), str(bundle), "--requests", "300", "--warm-up", "300"]
+def test_it_stands_odd_requests_while_it_answers_good_ones(bundle: Path) -> None:
+    words = [sys.executable, str(REQUESTS), str(bundle), "--requests", "300", "--warm-up", "300"]
     ended = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-    assert ended.returncode == 0, ended.stdout
-    assert "not as they should be: 0 answers" in ended.stdout
+    assert "0 x 5xx, 0 not as they should be" in ended.stdout
+    growth = re.findall(r"growth (-?[\d.]+) MB", ended.stdout)
+    assert float(growth[0]) < 200, ended.stdout  # not the seconds: other tests run beside this one
