@@ -223,9 +223,7 @@ class Odd:
             "pipelined, then cut off": lambda: Shot((good * 3 + cut(),), EITHER, 4, ends=True),
             "pipelined, 300": lambda: Shot((post(b"{}") * 300,), REFUSED, 1),
             "in two pieces": lambda: Shot(halves(), ANSWERED, pause_s=0.02),
-            "byte by byte": lambda: Shot(
-                tuple(bytes([each]) for each in good[:60]) + (good[60:],), ANSWERED, pause_s=1e-4
-            ),
+            "byte by byte": lambda: Shot(bytewise(), ANSWERED, pause_s=1e-4),
             "truncated": lambda: Shot((cut(),), ends=True),
             "slow": lambda: Shot((cut(),)),
             "left in the middle": lambda: Shot((cut(),), num_answers=0),

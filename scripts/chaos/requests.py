@@ -2,8 +2,8 @@
 """Send `espalier serve` thousands of odd requests while good ones run, and see that it stands.
 
 Some seventy kinds (`odd_requests.py`): bad JSON, strings in place of numbers, wrong shapes, oversized, truncated and
-slow bodies, half-closed connections, pipelines, wishes for other protocols, long heads, foreign hosts, damaged pictures and
-forms, decompression bombs and bytes that are no HTTP. Each must get what its kind allows, none a 5xx; good requests
+slow bodies, half-closed connections, pipelines, wishes for other protocols, long heads, foreign hosts, damaged pictures
+and forms, decompression bombs and bytes that are no HTTP. Each must get what its kind allows, none a 5xx; good requests
 meanwhile must all get the right probabilities, each within 2 s; the memory of the server, at its highest, may grow by
 less than 200 MB. Exit code 1 where something of that fails.
 

@@ -7,7 +7,9 @@ Letters: B batch.
 import base64
 import binascii
 import math
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from io import BytesIO
 from itertools import accumulate, chain
 from operator import mul
@@ -27,6 +29,8 @@ from espalier.spec import DataSpec
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # decoders that may run; Pillow has riskier ones
 PICTURE_TYPES = frozenset(f"image/{name.lower()}" for name in PICTURES)
 MAX_PIXELS = 16_000_000  # of all pictures of a request: a file of a few kB can claim any number
+LARGE_PIXELS = 1_000_000  # of a picture; of larger ones, which cost 20 bytes a pixel, one is decoded at a time
+ONE_LARGE = threading.Lock()
 MAX_MESSAGE = 200  # letters of somebody else's error in ours
 LARGEST = float(np.finfo(np.float32).max)
 NUMBERS = {int, float}  # not bool, which is a kind of int to Python
@@ -152,7 +156,8 @@ def pictures(spec: DataSpec, files: Sequence[bytes]) -> Raw:
             with Image.open(BytesIO(data), formats=PICTURES) as image:
                 num_pixels += image.width * image.height
                 _require_pixels(num_pixels)
-                raw.append(raw_of(spec, image))
+                with ONE_LARGE if image.width * image.height > LARGE_PIXELS else nullcontext():
+                    raw.append(raw_of(spec, image))
         except RequestError:
             raise
         except Image.DecompressionBombError:
