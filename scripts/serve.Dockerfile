@@ -4,7 +4,7 @@
 # Knobs of conf/task/serve.yaml go behind the name of the image: docker run ... digits --workers 2 --max-batch 64
 FROM python:3.11-slim
 
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/srv
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/srv ORT_DISABLE_TELEMETRY=1
 WORKDIR /srv
 
 COPY constraints.txt .

@@ -4,9 +4,11 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,57 @@ from espalier.spec import DataSpec
 
 def linear_bundle(folder: Path, spec: DataSpec, weight_NK: np.ndarray, sample_by_sample: bool = False) -> Path:
     """A bundle whose logits are the flattened, normalised input times a matrix."""
+    nodes = [helper.make_node("Flatten", ["input"], ["x"]), helper.make_node("MatMul", ["x", "w"], ["logits"])]
+    return bundle_of(folder, spec, nodes, {"w": weight_NK.astype(np.float32)}, sample_by_sample)
+
+
+def endless_bundle(folder: Path, spec: DataSpec) -> Path:
+    """A bundle whose network turns in a loop for ever where an input is above the mean, and answers zeros elsewhere."""
+    nothing = helper.make_tensor_value_info("turned", TensorProto.FLOAT, None)
+    turn = helper.make_graph(
+        [
+            helper.make_node("Identity", ["goes_on"], ["goes_on_then"]),
+            helper.make_node("Add", ["x", "one"], ["turned"]),
+        ],
+        "turn",
+        [
+            helper.make_tensor_value_info("number", TensorProto.INT64, []),
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, None),
+        ],
+        [helper.make_tensor_value_info("goes_on_then", TensorProto.BOOL, []), nothing],
+        [numpy_helper.from_array(np.float32(1), "one")],
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["input"], ["most"], keepdims=0),
+        helper.make_node("Mul", ["most", "huge"], ["product"]),
+        helper.make_node("Cast", ["product"], ["turns"], to=TensorProto.INT64),
+        helper.make_node("Loop", ["turns", "true", "zero"], ["last"], body=turn),
+        helper.make_node("Mul", ["last", "zero"], ["nothing"]),
+        helper.make_node("Flatten", ["input"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["zeros"]),
+        helper.make_node("Add", ["zeros", "nothing"], ["logits"]),
+    ]
+    zeros = np.zeros((int(np.prod(spec.shape)), spec.num_outputs), dtype=np.float32)
+    values = {"huge": np.float32(1e18), "true": np.bool_(True), "zero": np.float32(0), "w": zeros}
+    return bundle_of(folder, spec, nodes, values)
+
+
+def bundle_of(
+    folder: Path,
+    spec: DataSpec,
+    nodes: Sequence[onnx.NodeProto],
+    values: Mapping[str, Any],
+    sample_by_sample: bool = False,
+    names: tuple[str, str] = ("input", "logits"),
+) -> Path:
+    """A bundle of a graph from `input` to `logits`."""
     graph = helper.make_graph(
-        [helper.make_node("Flatten", ["input"], ["x"]), helper.make_node("MatMul", ["x", "w"], ["logits"])],
-        "linear",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", *spec.shape])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", weight_NK.shape[1]])],
-        [numpy_helper.from_array(weight_NK.astype(np.float32), "w")],
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(names[0], TensorProto.FLOAT, ["batch", *spec.shape])],
+        [helper.make_tensor_value_info(names[1], TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
     )
     draft = folder / "draft"
     draft.mkdir(parents=True)
@@ -72,6 +119,18 @@ class Server:
         finally:
             connection.close()
 
+    def exchange(self, *pieces: bytes, ends: bool = False) -> bytes:
+        """All that comes back over a connection to which the pieces are sent; `ends`: and closed on our side."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as client:
+            for piece in pieces:
+                client.sendall(piece)
+                if len(pieces) > 1:
+                    time.sleep(0.05)
+            if ends:
+                client.shutdown(socket.SHUT_WR)
+            with client.makefile("rb") as file:
+                return file.read()
+
     def predict(self, samples: Any) -> list[dict[str, Any]]:
         """The predictions of arrays."""
         status, content = self.ask("POST", "/predict", json.dumps({"inputs": np.asarray(samples).tolist()}))
@@ -85,12 +144,16 @@ class Server:
 
 
 @contextmanager
-def serving(words: Sequence[str], folder: Path) -> Iterator[Server]:
-    """`python WORDS` in `folder`, from the moment it says that it serves until the end of the block."""
+def serving(words: Sequence[str], folder: Path, log: int | None = None) -> Iterator[Server]:
+    """`python WORDS` in `folder`, from the moment it says that it serves until the end of the block.
+
+    `log` is the descriptor for what it writes to stderr.
+    """
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,
         stdout=subprocess.PIPE,
+        stderr=log,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

@@ -5,13 +5,14 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from conftest import launch
+from espalier import telemetry
 
 ROOT = Path(__file__).parents[1]
 # Python runs this before anything else; whatever asks for a name or an address is written down, and refused.
@@ -42,6 +43,9 @@ print(len(names))
 SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=1")
 
 
+NAMED = (".cache/matplotlib", ".config/matplotlib")  # in SECURITY.md
+
+
 class Blocked:
     """Python without network, and what it tried to reach."""
 
@@ -50,10 +54,16 @@ class Blocked:
         self.folder = folder
         self.file = folder / "attempts"
         path = f"{folder}{os.pathsep}{Path(__file__).parent}"
-        self.environment = {"PYTHONPATH": path, "ATTEMPTS": str(self.file), "WANDB_MODE": "offline"}
+        self.home = folder / "home"
+        self.home.mkdir()
+        own = {"HOME": str(self.home), "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "", "MPLCONFIGDIR": ""}
+        self.environment = {"PYTHONPATH": path, "ATTEMPTS": str(self.file), "WANDB_MODE": "offline", **own}
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return launch(self.folder, *words, **self.environment)
+        kept = {name: value for name, value in os.environ.items() if name not in telemetry.OFF}
+        own = {**kept, "OMP_NUM_THREADS": "1", **self.environment}
+        command = [sys.executable, "-m", *words]
+        return subprocess.run(command, cwd=self.folder, env=own, capture_output=True, text=True, timeout=280)
 
     @property
     def attempts(self) -> list[str]:
@@ -97,6 +107,39 @@ def test_no_command_and_no_training_reaches_for_the_network(blocked):
     codes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("exit code ")]
     assert codes == list(map(str, commands.values())), done.stdout + done.stderr
     assert blocked.attempts == []
+
+
+def test_no_task_reports_to_anybody_or_leaves_anything_in_home_that_we_do_not_name(blocked):
+    latest, tables = "source=latest", "logger=[csv]"
+    commands = {
+        ("train", *SMALL, tables): 0,
+        ("evaluate", latest, tables): 0,
+        ("explain", latest, "task.samples=1", "task.method=[occlusion]", tables): 0,
+        ("export", latest, tables): 0,
+        ("predict", latest, tables): 0,
+        ("serve", latest, "task.host=192.0.2.1"): 2,  # no address of ours: it ends when the network is loaded
+        ("benchmark", latest, "task.batches=[1]", tables): 0,
+        ("report", latest, tables): 0,
+    }
+    done = blocked.run("canary", json.dumps(list(commands)))
+    codes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("exit code ")]
+    assert codes == list(map(str, commands.values())), done.stdout + done.stderr
+    assert blocked.attempts == []
+    left = [str(path.relative_to(blocked.home)) for path in blocked.home.rglob("*") if path.is_file()]
+    assert [name for name in left if not name.startswith(NAMED)] == []
+    text = (ROOT / "SECURITY.md").read_text()
+    assert [name for name in (*NAMED, *telemetry.OFF) if f"`{name}`" not in text and f"`~/{name}`" not in text] == []
+
+
+def test_what_reports_about_its_use_is_switched_off_before_it_is_imported(blocked):
+    text = (
+        "import os, sys, espalier\n"
+        "print(sorted({'onnxruntime', 'mlflow', 'wandb', 'huggingface_hub'} & {*sys.modules}))\n"
+        "print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
+    )
+    blocked.environment["DO_NOT_TRACK"] = "0"
+    done = blocked.run(script(blocked.folder, text))
+    assert done.stdout.splitlines() == ["[]", "1 0"]  # what a user has set stays
 
 
 class Advisories(http.server.BaseHTTPRequestHandler):

@@ -18,6 +18,7 @@ from uvicorn.supervisors import Multiprocess
 from espalier.errors import CONTROL, ConfigError
 from espalier.serving.address import listen
 from espalier.serving.app import App, leave_soon
+from espalier.serving.hosts import require_names
 from espalier.serving.metrics import SHARED
 from espalier.serving.predictor import Predictor
 from espalier.serving.settings import Settings
@@ -27,6 +28,7 @@ def main() -> int:
     """Serve; the exit code."""
     settings = Settings.from_words(sys.argv[1:])
     try:
+        require_names(settings.hosts)
         # before any worker starts, so that a damaged bundle costs one line
         name = Predictor(settings.bundle, settings.threads, settings.time_limit_s).spec.name
         listening = listen(settings.host, settings.port)

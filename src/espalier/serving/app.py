@@ -26,6 +26,7 @@ from espalier.serving import occlusion
 from espalier.serving.batcher import RETRY_AFTER_S, Batcher
 from espalier.serving.body import Message, Receive
 from espalier.serving.errors import ClientGoneError, RequestError
+from espalier.serving.hosts import Hosts
 from espalier.serving.intake import JSON, Intake
 from espalier.serving.metrics import CONTENT_TYPE, Metrics
 from espalier.serving.patience import patiently
@@ -91,6 +92,7 @@ class App:
     def __init__(self, settings: Settings, ready: str, at_end: Callable[[], None] = lambda: None) -> None:
         """`ready` is printed once requests can be answered; `at_end` is called when all of them are."""
         self.settings = settings
+        self.hosts = Hosts(settings.host, settings.hosts)
         self.is_stopping = False
         self._ready = ready
         self._at_end = at_end

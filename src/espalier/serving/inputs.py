@@ -7,7 +7,9 @@ Letters: B batch.
 import base64
 import binascii
 import math
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate, chain
 from operator import mul
 from typing import Any
@@ -33,6 +35,8 @@ PICTURE_TYPES = frozenset(  # what a client may call a picture; its first bytes 
     )
 )
 MAX_PIXELS = 16_000_000  # of all pictures of a request: a file of a few kB can claim any number
+LARGE_PIXELS = 1_000_000  # of a picture; of larger ones, which cost 20 bytes a pixel, one is decoded at a time
+ONE_LARGE = threading.Lock()
 MAX_MESSAGE = 200  # letters of somebody else's error in ours
 LARGEST = float(np.finfo(np.float32).max)
 NUMBERS = {int, float}  # not bool, which is a kind of int to Python
@@ -155,9 +159,11 @@ def pictures(spec: DataSpec, files: Sequence[bytes]) -> Raw:
     raw = []
     for place, data in enumerate(files):
         try:
-            total += num_pixels(data, PICTURES, MAX_PIXELS)
+            num = num_pixels(data, PICTURES, MAX_PIXELS)
+            total += num
             _require_pixels(total)
-            raw.append(scaled(spec, read(data, spec.shape, spec.background, PICTURES, MAX_PIXELS)))
+            with ONE_LARGE if num > LARGE_PIXELS else nullcontext():
+                raw.append(scaled(spec, read(data, spec.shape, spec.background, PICTURES, MAX_PIXELS)))
         except PictureError as error:
             if isinstance(error.__cause__, Image.DecompressionBombError):
                 _require_pixels(MAX_PIXELS + 1)

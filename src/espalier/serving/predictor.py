@@ -104,7 +104,7 @@ class Predictor:
                 return f"it has {', '.join(map(repr, named)) or 'nothing'} in place of {name!r}"
             sizes = named[name].shape[1:]
             is_other = any(isinstance(size, int) and size != own for size, own in zip(sizes, shape, strict=False))
-            if named[name].type != FLOAT or len(sizes) != len(shape) or is_other:
+            if named[name].type != FLOAT or is_other or len(sizes) not in (0, len(shape)):  # 0: not known
                 return f"{name!r} is {named[name].type} of {named[name].shape}, the data has (batch, {_sizes(shape)})"
         return None
 

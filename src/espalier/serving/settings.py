@@ -12,6 +12,7 @@ class Settings:
 
     bundle: Path
     host: str
+    hosts: list[str]  # further names that may ask, beside those of `hosts.py`
     port: int
     workers: int
     threads: int
@@ -25,7 +26,9 @@ class Settings:
         first, *knobs = fields(self)
         words = [str(getattr(self, first.name))]
         for knob in knobs:
-            words += [f"--{knob.name.replace('_', '-')}", str(getattr(self, knob.name))]
+            value = getattr(self, knob.name)
+            given = value if isinstance(value, list) else [value]
+            words += [f"--{knob.name.replace('_', '-')}", *map(str, given)] if given else []
         return words
 
     @classmethod
@@ -37,6 +40,7 @@ class Settings:
         parser = argparse.ArgumentParser("python -m espalier.serving", description="Serve an exported bundle over HTTP")
         parser.add_argument("bundle", type=Path, help="folder that holds bundle.json")
         parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one")
+        parser.add_argument("--hosts", nargs="+", default=[], help="further names in the header Host; '*' allows all")
         parser.add_argument("--port", type=Within(0, 65_535), default=8000, help="0 takes a free one")
         parser.add_argument("--workers", type=Within(1, 1024), default=1, help="processes")
         parser.add_argument("--threads", type=Within(1, 1024), default=1, help="of ONNX Runtime in each process")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -19,6 +20,7 @@ PACKAGES = ("uvicorn", "uvloop", "httptools", "orjson", "python_multipart", "pro
 def serve(
     run: Run,
     host: str,
+    hosts: Sequence[str],
     port: Port,
     workers: Count,
     threads: Count,
@@ -44,12 +46,15 @@ def serve(
         if package != "uvloop" or sys.platform != "win32":
             require(package, "serve")
     from espalier.serving import address
+    from espalier.serving.hosts import require_names
     from espalier.serving.predictor import Predictor
     from espalier.serving.settings import Settings
 
+    require_names(hosts)
     Predictor(run.bundle.path, threads, time_limit_s)
     address.listen(host, port).close()
-    settings = Settings(run.bundle.path, host, port, workers, threads, max_batch, queue, max_body_mb, time_limit_s)
+    limits = max_batch, queue, max_body_mb, time_limit_s
+    settings = Settings(run.bundle.path, host, list(hosts), port, workers, threads, *limits)
     _leave_no_folder(run.folder)
     sys.stdout.flush()
     # -P: a file named like one of our modules in the current folder is not imported
