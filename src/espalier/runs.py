@@ -23,6 +23,7 @@ BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
 READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
+DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm")  # of the trainer: what strategy= sets
 NETWORK = ("data", "model", "learner")  # what decides which weights fit
 
 
@@ -118,7 +119,7 @@ def from_source(
 
 
 def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
-    """The stored config of a run that goes on; of the command line only `trainer.*` and stored secrets may differ.
+    """The stored config of a run that goes on; of the command line only the trainer and stored secrets may differ.
 
     Raises:
         ConfigError: another word asks for something that the run was not configured with.
@@ -128,9 +129,11 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
     except OmegaConfBaseException as error:
         raise ConfigError(f"resume={cfg.resume}: its configuration is wrong: {str(error).splitlines()[0]}") from error
     problems = []
-    for word in parse(words):
-        group = {"strategy": "trainer"}.get(_group(word), _group(word))
-        if word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
+    for word in sorted(parse(words), key=lambda word: _group(word) != "strategy"):
+        group = _group(word)
+        if group == "strategy":
+            result.trainer.update({name: cfg.trainer[name] for name in DEVICES})
+        elif word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
             _apply(result, word)
         elif group in stored and group not in ("task", "resume", "requeue") and _plain(cfg[group]) != stored[group]:
             problems.append(
