@@ -76,9 +76,14 @@ def follow(content: Mapping[str, Any], num_devices: int, accumulate: int, scales
     for share in _shares(before, num_devices, accumulate):
         samples = share * num_devices
         if all(num * before.samples % samples == 0 for num in kept):
-            counts = (num * before.samples // samples for num in (before.num_batches, before.val_check_batch))
-            num_val = -(-before.num_val_batches * before.samples // samples)
-            return Split(num_devices, share, before.samples_of_step // samples, *counts, num_val)
+            return Split(
+                num_devices=num_devices,
+                batch_size=share,
+                accumulate=before.samples_of_step // samples,
+                num_batches=before.num_batches * before.samples // samples,
+                val_check_batch=before.val_check_batch * before.samples // samples,
+                num_val_batches=-(-before.num_val_batches * before.samples // samples),
+            )
         problem = f"epochs of {before.num_batches * before.samples} samples, or their parts, do not divide so"
     wish = f", trainer.accumulate_grad_batches={accumulate}" if accumulate != before.accumulate else ""
     raise ConfigError(
