@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from espalier.learners.collective import Question
 from espalier.ranges import Count, Positive
 from espalier.storage import Mirror
 
@@ -53,6 +54,7 @@ class BestAndLast(ModelCheckpoint):
         self.asynchronous = asynchronous
         self.mirror = Mirror(mirror) if mirror else None
         self._saved_at = time.monotonic()
+        self._late = Question()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -61,6 +63,7 @@ class BestAndLast(ModelCheckpoint):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before loggers look at the files: what is written in the background is on disk."""
+        self._late.settle()
         trainer.strategy.checkpoint_io.teardown()
 
     def on_train_batch_end(
@@ -79,10 +82,13 @@ class BestAndLast(ModelCheckpoint):
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def _is_late(self, trainer: L.Trainer) -> bool:
-        """By the clock of the first rank."""
+        """By the clock of the first rank; several are told in the next step."""
         if self.every_n_minutes is None:
             return False
-        return trainer.strategy.broadcast(time.monotonic() - self._saved_at >= 60 * self.every_n_minutes)
+        is_late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        if trainer.world_size == 1:
+            return is_late
+        return self._late.ask(is_late and trainer.is_global_zero, trainer.strategy.root_device, waits=False)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         saved, path = Path(self._last_checkpoint_saved), Path(filepath)
