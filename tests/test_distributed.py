@@ -243,7 +243,7 @@ def test_no_process_waits_for_another_between_two_steps(tmp_path: Path, monkeypa
         *MLP,
         "learner.class_weights=balanced",
         "trainer.max_epochs=1",
-        "trainer.log_every_n_steps=3",
+        "callbacks.checkpoint.every_n_minutes=99",
         "strategy=ddp_cpu",
     )
     for code, output in ranks(tmp_path, "train", *one_epoch, "hydra.run.dir=run"):
@@ -253,7 +253,8 @@ def test_no_process_waits_for_another_between_two_steps(tmp_path: Path, monkeypa
         steps = [place for place, call in enumerate(calls) if call == "step"]
         assert len(steps) == 17
         between = [calls[start + 1 : end] for start, end in pairwise(steps)]
-        assert between == [["all_reduce, async"] * 2] * 16  # of the weights of the samples, and of signals
+        # Of the weights of the samples, of the time since the last checkpoint, and of signals.
+        assert between == [["all_reduce, async"] * 3] * 16
 
 
 def test_a_sweep_under_torchrun_has_one_folder_and_trains_every_trial(tmp_path: Path, torchrun: Path):

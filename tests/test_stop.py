@@ -1,14 +1,17 @@
 """A signal ends a training after its step: saved, exit code 75, and resumed bit for bit as if nothing had happened."""
 
 import os
+import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import command, launch
+from espalier.learners.learner import Learner
+from ranks import ranks
 from test_resume import assert_same
 
 WORDS = (
@@ -83,31 +86,66 @@ def test_a_signal_stops_it_after_the_step_and_resume_is_bit_equal(
     assert_same(tmp_path / "run", unbroken)
 
 
+@pytest.fixture(scope="module")
+def unbroken_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken_by_two")
+    done = ranks(folder, "train", *WORDS, "strategy=ddp_cpu", "hydra.run.dir=run")
+    assert {code for code, _ in done} == {0}, done
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
-    ("number", "part", "epoch", "batch", "step", "then"),
+    ("number", "part", "epoch", "batch", "step"),
     [
-        ("SIGTERM", "validation_step", 0, 1, 4, lambda folder: None),
-        pytest.param("SIGTERM", "validation_step", 0, 1, 4, resume, marks=pytest.mark.slow),
-        pytest.param("SIGUSR1", "training_step", 1, 3, 7, resume, marks=pytest.mark.slow),
+        ("SIGTERM", "validation_step", 0, 1, 4),
+        ("SIGUSR1", "training_step", 1, 3, 7),  # comes in step 6, and is read in the next
+        pytest.param("SIGTERM", "training_step", 1, 7, 8, marks=pytest.mark.slow),  # the last: left in the validation
     ],
 )
-def test_a_signal_to_one_rank_stops_all_of_them(
-    tmp_path: Path, number: str, part: str, epoch: int, batch: int, step: int, then: Callable[[Path], None]
+def test_a_signal_to_one_rank_stops_all_of_them_and_resume_is_bit_equal(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unbroken_by_two: Path,
+    number: str,
+    part: str,
+    epoch: int,
+    batch: int,
+    step: int,
 ):
+    whole = getattr(Learner, part)
+
+    def signalled_step(self: Learner, data: Any, batch_idx: int) -> Any:
+        if (self.current_epoch, batch_idx, self.global_rank) == (epoch, batch, 1):
+            os.kill(os.getpid(), getattr(signal, number))
+        return whole(self, data, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, part, signalled_step)
+        done = ranks(tmp_path, "train", *WORDS, "strategy=ddp_cpu", "hydra.run.dir=run")
+    assert [code for code, _ in done] == [75, 75]
+    assert done[0][1].count(f"espalier: stopped by a signal to another process after step {step};") == 1
+    assert {code for code, _ in ranks(tmp_path, "train", "resume=run")} == {0}
+    assert_same(tmp_path / "run", unbroken_by_two)
+
+
+@pytest.mark.slow  # test_launch.py has the codes and lines of ranks that stop
+def test_several_processes_end_with_the_code_and_line_of_a_stopped_run(tmp_path: Path):
     words = (*WORDS, "strategy=ddp_cpu", "hydra.run.dir=run")
-    done = signalled(tmp_path, number, epoch, batch, *words, rank=1, part=part)
+    done = signalled(tmp_path, "SIGTERM", 0, 1, *words, rank=1, part="validation_step")
     assert done.returncode == 75
-    assert done.stderr.count(f"espalier: stopped by a signal to another process after step {step}") == 1
-    then(tmp_path)
+    assert done.stderr.count("espalier: stopped by a signal to another process after step 4") == 1
 
 
 def test_slurm_is_asked_for_another_turn_and_the_same_command_goes_on(tmp_path: Path, unbroken: Path):
     scontrol = tmp_path / "scontrol"  # stands for SLURM's
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     scontrol.chmod(0o755)
+    (tmp_path / "srun").symlink_to(scontrol)  # Lightning has advice for whoever does not use it
     job = {"SLURM_JOB_ID": "17", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     words = (*WORDS, "requeue=true", "resume=auto", "hydra.run.dir=run")
-    assert signalled(tmp_path, "SIGUSR1", 1, 7, *words, **job).returncode == 75
+    stopped = signalled(tmp_path, "SIGUSR1", 1, 7, *words, **job)
+    assert stopped.returncode == 75
+    assert "srun" not in stopped.stderr
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
     assert launch(tmp_path, "espalier.cli", "train", *words, **job).returncode == 0
     assert_same(tmp_path / "run", unbroken)

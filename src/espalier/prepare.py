@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from espalier import checkpoint, description, launchers, runs, secret
+from espalier import checkpoint, description, global_batch, launchers, runs, secret
 from espalier.catalog import TRAINS
 from espalier.checkpoint import Checkpoint
 from espalier.compression.base import check_recipe
@@ -59,11 +59,39 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
         sources = [_source(str(cfg.source), task)] if task == "compress" else []
     check(cfg)
     _check_devices(cfg.trainer)
+    if resumed:
+        cfg = _keep_global_batch(cfg, resumed, task)
     if cfg.compression and _splits_weights(cfg.trainer.strategy):
         raise ConfigError("trainer.strategy: a recipe needs whole weights on each device; use strategy=ddp or ddp_cpu")
     if cfg.compression and not resumed:
         check_recipe(_methods(cfg.compression), sources[0].ledger if sources else [])
     return Run(cfg, words, folder, task, tuple(sources), resumed)
+
+
+def _keep_global_batch(cfg: DictConfig, resumed: Checkpoint, task: str) -> DictConfig:
+    """Return `cfg` with the batches that take the steps of the run on the devices that it has now.
+
+    Raises:
+        ConfigError: none do, or the weights are spread over the devices in another way.
+    """
+    if _splits_weights(cfg.trainer.strategy) != _splits_weights(OmegaConf.create(resumed.config).trainer.strategy):
+        raise ConfigError("strategy: a resumed run keeps whole weights whole, and sharded ones sharded; use its own")
+    trainer = cfg.trainer
+    num_devices = count_devices(trainer, task) * trainer.num_nodes
+    limit = trainer.limit_val_batches
+    scales_validation = limit != 0 and (isinstance(limit, int) or limit < 1)
+    split = global_batch.follow(resumed.content, num_devices, trainer.accumulate_grad_batches, scales_validation)
+    if split is None:
+        return cfg
+    result = cfg.copy()
+    result.data.batch_size = split.batch_size
+    result.trainer.accumulate_grad_batches = split.accumulate
+    result.trainer.limit_train_batches = split.num_batches  # or an epoch might have room for one batch more
+    if 0 < split.val_check_batch != split.num_batches:
+        OmegaConf.update(result, "trainer.val_check_interval", split.val_check_batch, force_add=True)
+    if scales_validation:
+        result.trainer.limit_val_batches = split.num_val_batches
+    return result
 
 
 def _check_interpolations(cfg: DictConfig) -> None:

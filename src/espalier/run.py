@@ -5,7 +5,7 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +17,10 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from espalier import checkpoint, runs, secret, seeding, terminal
+from espalier import checkpoint, global_batch, runs, secret, seeding, terminal
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
@@ -46,11 +40,10 @@ from espalier.errors import ConfigError, EspalierError, StoppedError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable
-from espalier.launchers import is_task_of_slurm
+from espalier.learners.environment import environments
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
 from espalier.learners.position import FitLoop
-from espalier.learners.slurm import Tasks
 from espalier.measure import cost, figures, provenance, report
 from espalier.runs import BEST, RESUMED
 from espalier.spec import DataSpec, Report
@@ -230,7 +223,7 @@ class Run:
             self.cfg.trainer,
             callbacks=self.callbacks,
             logger=self.loggers,
-            plugins=[self.checkpoint_io, *_environment()],
+            plugins=[self.checkpoint_io, *environments()],
             default_root_dir=self.folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks),
             enable_progress_bar=False,  # conf/callbacks/progress.yaml and summary.yaml stand for Lightning's own
@@ -378,6 +371,7 @@ class Run:
         _ = self.trainer  # built first: a run that cannot be built leaves nothing behind
         for logger in self.loggers:
             logger.log_hyperparams(self._plain_config())
+        self._tell_of_devices()
         if not is_first_rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -386,6 +380,19 @@ class Run:
         OmegaConf.save(OmegaConf.create(self._plain_config()), self.folder / "config.yaml")
         OmegaConf.save(OmegaConf.create(secret.scrub_words(self.words)), self.folder / "overrides.yaml")
         (self.folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
+
+    def _tell_of_devices(self) -> None:
+        before = global_batch.of(self.resumed.content) if self.resumed else None
+        if before is None:
+            return
+        now = replace(
+            before,
+            num_devices=self.trainer.world_size,
+            batch_size=self.cfg.data.batch_size,
+            accumulate=self.cfg.trainer.accumulate_grad_batches,
+        )
+        if now != before:
+            self.say(f"goes on with {now}, after {before}: {now.samples_of_step} in a step, as before")
 
     def publish(
         self, rows: list[dict[str, Any]], notes: Sequence[str], ratios: dict[str, float] | None = None
@@ -428,13 +435,6 @@ class Run:
 def is_first_rank() -> bool:
     """Whether this process is the one that writes and speaks."""
     return getattr(rank_zero_only, "rank", None) in (None, 0)
-
-
-def _environment() -> list[ClusterEnvironment]:
-    """Where Lightning shall read who is who, if it would not find out by itself."""
-    if is_task_of_slurm():
-        return [Tasks()]
-    return [LightningEnvironment()] if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() else []
 
 
 def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -> None:

@@ -29,6 +29,7 @@ TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
 READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
 WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # knobs of the trainer that change no weight
 BUNDLED = ("experiment", "debug")  # groups that change others
+DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm")  # of the trainer: what strategy= sets
 NETWORK = ("data", "model", "learner")  # what decides which weights fit
 
 
@@ -147,7 +148,7 @@ def from_source(
 
 
 def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
-    """The stored config of a run that goes on; of the command line only `trainer.*` and stored secrets may differ.
+    """The stored config of a run that goes on; of the command line only the trainer and stored secrets may differ.
 
     Raises:
         ConfigError: another word asks for something that the run was not configured with.
@@ -158,9 +159,11 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
         raise ConfigError(f"resume={cfg.resume}: its configuration is wrong: {str(error).splitlines()[0]}") from error
     problems = []
     overrides = parse(words)
-    for word in overrides:
-        group = {"strategy": "trainer"}.get(_group(word), _group(word))
-        if word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
+    for word in sorted(overrides, key=lambda word: _group(word) != "strategy"):
+        group = _group(word)
+        if group == "strategy":
+            result.trainer.update({name: cfg.trainer[name] for name in DEVICES})
+        elif word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
             _apply(result, word)
         elif group in stored and group not in ("task", "resume", "requeue") and _differs(cfg, stored, word, group):
             problems.append(

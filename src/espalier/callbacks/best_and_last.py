@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from espalier import runs
+from espalier.learners.collective import Question
 from espalier.learners.position import ends_here, is_between_steps
 from espalier.ranges import Count, Positive
 from espalier.storage import Mirror
@@ -73,6 +74,7 @@ class BestAndLast(ModelCheckpoint):
         self._twin: str | None = None  # the file that holds what is saved now
         self._position = (-1, -1)  # step and epochs of the last checkpoint
         self._replaced: list[str] = []  # to be removed once the last checkpoint knows of it
+        self._late = Question()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -91,6 +93,7 @@ class BestAndLast(ModelCheckpoint):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before loggers look at the files: what is written in the background is on disk."""
+        self._late.settle()
         trainer.strategy.checkpoint_io.teardown()
 
     def on_train_batch_end(
@@ -108,10 +111,13 @@ class BestAndLast(ModelCheckpoint):
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def _is_late(self, trainer: L.Trainer) -> bool:
-        """By the clock of the first rank."""
+        """By the clock of the first rank; several are told in the next step."""
         if self.every_n_minutes is None:
             return False
-        return trainer.strategy.broadcast(time.monotonic() - self._saved_at >= 60 * self.every_n_minutes)
+        is_late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        if trainer.world_size == 1:
+            return is_late
+        return self._late.ask(is_late and trainer.is_global_zero, trainer.strategy.root_device, waits=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save within an epoch; at its end, and at that of the training, `on_train_epoch_end` comes next."""

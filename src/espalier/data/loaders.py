@@ -72,6 +72,7 @@ class Order:
                 f"but there are only {num_samples} training samples; choose at most {num_samples // world_size}"
             )
         self.num_samples = num_samples
+        self.global_batch = global_batch
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -80,8 +81,8 @@ class Order:
 
     def __len__(self) -> int:
         """Batches per epoch, equal on all ranks."""
-        global_batch = self.batch_size * self.world_size
-        return self.num_samples // global_batch if self.seed is not None else -(-self.num_samples // global_batch)
+        whole = self.num_samples // self.global_batch
+        return whole if self.seed is not None else -(-self.num_samples // self.global_batch)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

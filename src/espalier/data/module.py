@@ -89,7 +89,9 @@ class DataModule(L.LightningDataModule):
         """Keyed order, augmented, whole global batches only; behind the batches that a resumed run has done."""
         self._training = self._loader("train", self.batch_size, self._place(), is_training=True)
         if self._resumed:
-            self._training.load_state_dict(self._resumed)
+            then, now = self._resumed.get("global_batch"), self._training.sampler.global_batch
+            done = self._resumed["num_batches"] * then // now if then else self._resumed["num_batches"]
+            self._training.load_state_dict({"epoch": self._resumed["epoch"], "num_batches": done})
             self._resumed = None
         return self._training
 
@@ -134,7 +136,9 @@ class DataModule(L.LightningDataModule):
         Lightning keeps the states of loaders as well, but has no chance to restore them once a learner has asked for
         the number of training steps: that builds the loaders before the checkpoint reaches them.
         """
-        return self._training.state_dict() if self._training else {}
+        if self._training is None:
+            return {}
+        return {**self._training.state_dict(), "global_batch": self._training.sampler.global_batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict

@@ -5,6 +5,7 @@ Letters: B batch, K classes.
 
 import math
 from abc import abstractmethod
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
+from espalier import global_batch
 from espalier.config import typed
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError, StoppedError
@@ -246,11 +248,28 @@ class Learner(L.LightningModule):
         # Of the running epoch, a row for each rank, so that a resumed one reports whole, and adds in the same order.
         gathered: Any = self.all_gather(self.train_sums)
         checkpoint["train_sums"] = gathered.view(-1, len(self.train_sums))
+        if batch_size := getattr(self.trainer.datamodule, "batch_size", None):  # type: ignore[attr-defined]
+            checkpoint[global_batch.RECORD] = self._split(batch_size)
+
+    def _split(self, batch_size: int) -> dict[str, int]:
+        trainer = self.trainer
+        every = trainer.val_check_batch
+        split = global_batch.Split(
+            num_devices=trainer.world_size,
+            batch_size=batch_size,
+            accumulate=trainer.accumulate_grad_batches,
+            num_batches=int(trainer.num_training_batches),
+            val_check_batch=int(every) if every and math.isfinite(every) else 0,
+            num_val_batches=int(sum(trainer.num_val_batches)),
+        )
+        return asdict(split)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.trainer.should_stop = bool(checkpoint.get("has_stopped"))
             self.validation = checkpoint.get("validation")
+        if batch_size := getattr(self.trainer.datamodule, "batch_size", None):  # type: ignore[attr-defined]
+            global_batch.translate(checkpoint, self.trainer.world_size, batch_size)
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
         if "train_sums" in checkpoint:
