@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import metadata
@@ -263,6 +263,7 @@ def _job(cfg: "DictConfig") -> float | None:
     error: Exception | None = None
     task = str(job.runtime.choices["task"])
     is_numbered = is_trial or any(name in os.environ for name in launch.LAUNCHERS)
+    _announce(cfg, task, job.runtime.choices, folder)
     try:
         num_ranks = 1 if is_numbered else _num_cpus(cfg, task)
         if num_ranks == 1:
@@ -296,6 +297,20 @@ def _job(cfg: "DictConfig") -> float | None:
         raise error
     _ended.append(Ended(folder, words, error))
     return objective
+
+
+def _announce(cfg: "DictConfig", task: str, choices: Mapping[str, Any], folder: Path) -> None:
+    """Say what trains and into which folder, before the seconds that importing torch takes."""
+    if task not in catalog.TRAINS or _rank() > 0 or launch.is_rank():
+        return
+    what = f"{task} {choices['model']} on {choices['data']}"
+    if cfg.resume:
+        what = "going on"
+    elif cfg.source:
+        what = f"{task} from {cfg.source}"
+    recipe = f", {' and '.join(map(str, cfg.compression))}" if cfg.compression and not cfg.resume else ""
+    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    print(secret.scrub(f"{what}{recipe}, seed {cfg.seed}: {place}"), flush=True)
 
 
 def _num_cpus(cfg: "DictConfig", task: str) -> int:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from espalier import checkpoint, secret, seeding
+from espalier import checkpoint, plan, secret, seeding
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
@@ -62,6 +62,8 @@ for not_for_users in (
 
 COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
 EVALUATED = (COMPRESSED, "best.ckpt", *RESUMED)  # what `source=FOLDER` means, in this order
+log = logging.getLogger(__name__)
+
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
 
@@ -329,6 +331,7 @@ class Run:
     def record(self) -> None:
         """Write down what this run is made of: config, overrides, provenance."""
         _ = self.trainer  # built first: a run that cannot be built leaves nothing behind
+        self._announce()
         for logger in self.loggers:
             logger.log_hyperparams(self._plain_config())
         if not is_first_rank():
@@ -337,6 +340,25 @@ class Run:
         OmegaConf.save(OmegaConf.create(self._plain_config()), self.folder / "config.yaml")
         OmegaConf.save(OmegaConf.create(secret.scrub_words(self.words)), self.folder / "overrides.yaml")
         (self.folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
+
+    def _announce(self) -> None:
+        """Say what is about to be trained, and what is odd about it.
+
+        Raises:
+            ConfigError: nothing would be trained, or nothing measured.
+        """
+        if self.task == "evaluate":
+            plan.require_test(self.trainer, self.data)
+        trains = self.task == "train" or any(method.trains for method in self.compressions)
+        if self.task not in TRAINS or not trains:
+            return
+        planned, spec = plan.of_training(self.trainer, self.data, is_tested=self.task == "train"), self.data.spec
+        outputs = f"{spec.num_classes} classes" if spec.num_classes else "one number"
+        samples, steps = planned.lines
+        shape = " x ".join(map(str, spec.shape))
+        self.say(f"{plan.device(self.trainer)}; {spec.name}: {samples} of {shape}, {outputs}; {steps}")
+        for warning in planned.warnings if is_first_rank() else ():
+            log.warning(warning)
 
     def publish(
         self, rows: list[dict[str, Any]], notes: Sequence[str], ratios: dict[str, float] | None = None
