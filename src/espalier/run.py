@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import HalfPrecision
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from espalier.compression.base import (
     without_teacher,
 )
 from espalier.compression.masks import KeepMasks
+from espalier.config import nearest
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError, EspalierError, StoppedError
 from espalier.export import deployed
@@ -43,6 +45,7 @@ from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
+from espalier.learners.precision import HalfNetwork
 from espalier.measure import cost, figures, provenance, report
 from espalier.runs import RESUMED
 from espalier.spec import DataSpec, Report
@@ -64,6 +67,7 @@ COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a tra
 EVALUATED = (COMPRESSED, "best.ckpt", *RESUMED)  # what `source=FOLDER` means, in this order
 log = logging.getLogger(__name__)
 
+TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed", "numel: integer multiplication overflow")
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
 
@@ -199,10 +203,29 @@ class Run:
     @cached_property
     def callbacks(self) -> list[L.Callback]:
         supplied = {"monitor": self.learner.monitor, "mode": self.learner.mode, "dirpath": self.folder / "checkpoints"}
-        watching = [_build(f"callbacks.{name}", node, **supplied) for name, node in self.cfg.callbacks.items()]
+        watching = [
+            _build(f"callbacks.{name}", node, **{**supplied, **self._chosen_metric(f"callbacks.{name}", node)})
+            for name, node in self.cfg.callbacks.items()
+        ]
         was_masked = any(stage_of(entry["method"]) == Stage.MASK for entry in self.ledger)
         keeps_masks = any(isinstance(method, KeepMasks) for method in self.compressions)
         return [*([KeepMasks()] if was_masked and not keeps_masks else []), *self.compressions, *watching]
+
+    def _chosen_metric(self, key: str, node: DictConfig) -> dict[str, str]:
+        """What a callback watches where the configuration says so, and which way it gets better.
+
+        Raises:
+            ConfigError: the validation has no such metric.
+        """
+        name = node.get("monitor")
+        if name is None:
+            return {}
+        known = {f"val/{metric}": value for metric, value in self.learner.metrics["val"].items(keep_base=True)}
+        if name not in known:
+            raise ConfigError(
+                f"{key}.monitor={name}: no such metric{nearest(name, [*known])}; it is one of {', '.join(known)}"
+            )
+        return {"monitor": name, "mode": "max" if known[name].higher_is_better else "min"}
 
     @cached_property
     def loggers(self) -> list[Guarded]:
@@ -226,6 +249,8 @@ class Run:
         )
         # At SIGTERM Lightning would wait for all ranks, inside of the handler and wherever they are.
         trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
+        if isinstance(trainer.precision_plugin, HalfPrecision):
+            trainer.strategy.precision_plugin = HalfNetwork(trainer.precision_plugin.precision)
         return trainer
 
     @property
@@ -434,5 +459,9 @@ def _build(key: str, node: DictConfig, **supplied: Any) -> Any:
     accepted = inspect.signature(factory.func).parameters
     try:
         return factory(**{name: value for name, value in supplied.items() if name in accepted})
-    except (ValueError, TypeError, MisconfigurationException, InstantiationException) as error:
+    except (ValueError, TypeError, ImportError, MisconfigurationException, InstantiationException) as error:
         raise ConfigError(f"{key}: {error}") from error
+    except RuntimeError as error:
+        if not any(reason in str(error) for reason in TOO_LARGE):
+            raise
+        raise ConfigError(f"{key}: does not fit into memory, {str(error).splitlines()[0]}") from error

@@ -95,8 +95,8 @@ class Summary(L.Callback):
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) or not isinstance(sample, Tensor):
             Console().print(f"{type(model).__name__}: {si(count_params(model))} parameters")  # one rank cannot run it
             return
-        device = next((parameter.device for parameter in model.parameters()), sample.device)
-        Console().print(table(parts(model, sample[:1].to(device), self.depth)))
+        like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), sample)
+        Console().print(table(parts(model, sample[:1].to(like), self.depth)))
 
 
 def table(lines: list[Part]) -> Table:
