@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
 from espalier.learners.precision import HalfNetwork
 from espalier.measure import cost, figures, provenance, report
+from espalier.optim.build import require_step
 from espalier.runs import RESUMED
 from espalier.spec import DataSpec, Report
 from espalier.storage import DISK_IS_FULL
@@ -67,6 +69,8 @@ COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a tra
 EVALUATED = (COMPRESSED, "best.ckpt", *RESUMED)  # what `source=FOLDER` means, in this order
 log = logging.getLogger(__name__)
 
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+PROFILE = "profile"  # in the names of their files
 TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed", "numel: integer multiplication overflow")
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
@@ -237,6 +241,7 @@ class Run:
         trainer = _build(
             "trainer",
             self.cfg.trainer,
+            **self._profiler(),
             callbacks=self.callbacks,
             logger=self.loggers,
             plugins=[self.checkpoint_io],
@@ -252,6 +257,17 @@ class Run:
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.strategy.precision_plugin = HalfNetwork(trainer.precision_plugin.precision)
         return trainer
+
+    def _profiler(self) -> dict[str, Profiler]:
+        """Lightning's profiler of that name, which writes into the run folder; none where there is no name."""
+        name = self.cfg.trainer.get("profiler")
+        if not isinstance(name, str):
+            return {}
+        if name not in PROFILERS:
+            raise ConfigError(
+                f"trainer.profiler={name}: no such profiler; it is one of {', '.join(PROFILERS)}, or null"
+            )
+        return {"profiler": PROFILERS[name](dirpath=self.folder, filename=PROFILE)}
 
     @property
     def has_trained(self) -> bool:
@@ -377,6 +393,10 @@ class Run:
         trains = self.task == "train" or any(method.trains for method in self.compressions)
         if self.task not in TRAINS or not trains:
             return
+        try:
+            require_step(self.learner.optimizer_factory, self.learner.model)
+        except ValueError as error:
+            raise ConfigError(f"optimizer: {error}") from error
         planned, spec = plan.of_training(self.trainer, self.data, is_tested=self.task == "train"), self.data.spec
         outputs = f"{spec.num_classes} classes" if spec.num_classes else "one number"
         samples, steps = planned.lines
@@ -398,6 +418,8 @@ class Run:
             report.write(done, self.folder)  # last: a folder with a report is a finished run
             console = Console()
             console.print(report.table(done, console.width))
+            for profile in sorted(self.folder.glob(f"*-{PROFILE}.txt")):
+                self.say(f"profile: {profile}")
             self.say(f"report: {self.folder / report.MARKDOWN_NAME}")
         return done
 

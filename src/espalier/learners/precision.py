@@ -1,4 +1,4 @@
-"""Networks in 16 bits (`bf16-true`, `16-true`): weights and activations; all that is counted or compared stays float32."""
+"""Networks in 16 bits (`bf16-true`, `16-true`); what is counted or compared stays float32."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
