@@ -57,8 +57,8 @@ class Plan:
             )
             remedy = f"; data.batch_size={whole} leaves out {train % (whole * self.num_devices)}"
             yield (
-                f"each epoch leaves out {left_out} of {train} training samples ({100 * left_out / train:.1f} %), other ones "
-                f"each time, as whole batches are {size}{remedy}"
+                f"each epoch leaves out {left_out} of {train} training samples ({100 * left_out / train:.1f} %), "
+                f"others each time, as whole batches are {size}{remedy}"
             )
 
 
