@@ -265,6 +265,22 @@ def test_the_report_in_the_docs_has_the_keys_of_a_real_one(espalier: Command):
     assert (row["params"], row["macs"]) == (real_row["params"], real_row["macs"])
 
 
+def test_the_layers_in_the_docs_are_those_of_the_contract():
+    text = (ROOT / "docs" / "forking.md").read_text()
+    [block] = INDENTED.findall(text[text.index("## Layers") :].partition("\n## ")[0] + "\n\n")
+    documented: list[set[str]] = []
+    for line in block.splitlines():
+        names = set(re.split(r" {2,}", line.strip())[::2])  # each with its words
+        documented = [*documented[:-1], documented[-1] | names] if line.startswith(" " * 10) else [*documented, names]
+    [layers] = [
+        contract["layers"]
+        for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers"
+    ]
+    assert len(layers) > 10
+    assert documented == [set(layer.split(" | ")) for layer in layers]
+
+
 def test_every_link_and_script_in_the_docs_exists():
     links = [(page, target) for page in PAGES for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]
     relative = [(page, target) for page, target in links if "://" not in target]

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -313,6 +313,7 @@ def _job(cfg: "DictConfig") -> float | None:
         terminal.say_when_closed(f"espalier: nobody reads what is printed any more; {task} goes on in {folder}")
     try:
         with _owned(folder, task, is_resumed=bool(cfg.resume), is_trial=is_trial):
+            _announce(cfg, task, job.runtime.choices, folder)
             num_ranks = 1 if is_trial or launchers.find() else _num_cpus(cfg, task)
             if num_ranks == 1:
                 from espalier.prepare import check_trial, num_processes, prepare
@@ -347,6 +348,20 @@ def _job(cfg: "DictConfig") -> float | None:
         raise error
     _ended.append(Ended(folder, words, error))
     return objective
+
+
+def _announce(cfg: "DictConfig", task: str, choices: Mapping[str, Any], folder: Path) -> None:
+    """Say what trains and into which folder, before the seconds that importing torch takes."""
+    if task not in catalog.TRAINS or launchers.rank() > 0 or launch.is_rank():
+        return
+    what = f"{task} {choices['model']} on {choices['data']}"
+    if cfg.resume:
+        what = "going on"
+    elif cfg.source:
+        what = f"{task} from {cfg.source}"
+    recipe = f", {' and '.join(map(str, cfg.compression))}" if cfg.compression and not cfg.resume else ""
+    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    print(secret.scrub(f"{what}{recipe}, seed {cfg.seed}: {place}"), flush=True)
 
 
 def _num_cpus(cfg: "DictConfig", task: str) -> int:

@@ -186,6 +186,8 @@ def _check_devices(trainer: DictConfig) -> None:
     wanted = trainer.devices if isinstance(trainer.devices, int) else 1
     if wanted > limit or wanted == 0:
         raise ConfigError(f"trainer.devices={wanted}: this machine has {limit} {'GPUs' if on_gpu else 'CPU cores'}")
+    if trainer.precision == "16-true" and not on_gpu:
+        raise ConfigError("trainer.precision=16-true: trains on GPUs alone; say bf16-true or bf16-mixed")
     if trainer.sync_batchnorm and not on_gpu:
         raise ConfigError("trainer.sync_batchnorm=true: torch synchronises batch norm on GPUs only; set it to false")
 

@@ -17,10 +17,12 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from espalier import checkpoint, global_batch, runs, secret, seeding, terminal
+from espalier import checkpoint, global_batch, plan, runs, secret, seeding, terminal
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
@@ -35,6 +37,7 @@ from espalier.compression.base import (
     without_teacher,
 )
 from espalier.compression.masks import KeepMasks
+from espalier.config import nearest
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError, EspalierError, StoppedError
 from espalier.export import deployed
@@ -44,7 +47,9 @@ from espalier.learners.environment import environments
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
 from espalier.learners.position import FitLoop
+from espalier.learners.precision import HalfNetwork
 from espalier.measure import cost, figures, provenance, report
+from espalier.optim.build import require_step
 from espalier.runs import BEST, RESUMED
 from espalier.spec import DataSpec, Report
 from espalier.storage import DISK_IS_FULL
@@ -64,6 +69,11 @@ for not_for_users in (
 
 COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
 EVALUATED = (COMPRESSED, BEST, *RESUMED)  # what `source=FOLDER` means, in this order
+log = logging.getLogger(__name__)
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+PROFILE = "profile"  # in the names of their files
+TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed", "numel: integer multiplication overflow")
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
 
@@ -205,10 +215,29 @@ class Run:
     @cached_property
     def callbacks(self) -> list[L.Callback]:
         supplied = {"monitor": self.learner.monitor, "mode": self.learner.mode, "dirpath": self.folder / "checkpoints"}
-        watching = [_build(f"callbacks.{name}", node, **supplied) for name, node in self.cfg.callbacks.items()]
+        watching = [
+            _build(f"callbacks.{name}", node, **{**supplied, **self._chosen_metric(f"callbacks.{name}", node)})
+            for name, node in self.cfg.callbacks.items()
+        ]
         was_masked = any(stage_of(entry["method"]) == Stage.MASK for entry in self.ledger)
         keeps_masks = any(isinstance(method, KeepMasks) for method in self.compressions)
         return [*([KeepMasks()] if was_masked and not keeps_masks else []), *self.compressions, *watching]
+
+    def _chosen_metric(self, key: str, node: DictConfig) -> dict[str, str]:
+        """What a callback watches where the configuration says so, and which way it gets better.
+
+        Raises:
+            ConfigError: the validation has no such metric.
+        """
+        name = node.get("monitor")
+        if name is None:
+            return {}
+        known = {f"val/{metric}": value for metric, value in self.learner.metrics["val"].items(keep_base=True)}
+        if name not in known:
+            raise ConfigError(
+                f"{key}.monitor={name}: no such metric{nearest(name, [*known])}; it is one of {', '.join(known)}"
+            )
+        return {"monitor": name, "mode": "max" if known[name].higher_is_better else "min"}
 
     @cached_property
     def loggers(self) -> list[Guarded]:
@@ -221,6 +250,7 @@ class Run:
         trainer = _build(
             "trainer",
             self.cfg.trainer,
+            **self._profiler(),
             callbacks=self.callbacks,
             logger=self.loggers,
             plugins=[self.checkpoint_io, *environments()],
@@ -239,7 +269,20 @@ class Run:
         actual, wanted = trainer.world_size, trainer.num_devices * trainer.num_nodes
         if actual != wanted:  # each of them would train and be tested on its part of the data alone
             raise ConfigError(f"trainer.devices: {wanted} in all, but only {actual} take part in this run")
+        if isinstance(trainer.precision_plugin, HalfPrecision):
+            trainer.strategy.precision_plugin = HalfNetwork(trainer.precision_plugin.precision)
         return trainer
+
+    def _profiler(self) -> dict[str, Profiler]:
+        """Lightning's profiler of that name, which writes into the run folder; none where there is no name."""
+        name = self.cfg.trainer.get("profiler")
+        if not isinstance(name, str):
+            return {}
+        if name not in PROFILERS:
+            raise ConfigError(
+                f"trainer.profiler={name}: no such profiler; it is one of {', '.join(PROFILERS)}, or null"
+            )
+        return {"profiler": PROFILERS[name](dirpath=self.folder, filename=PROFILE)}
 
     @property
     def has_trained(self) -> bool:
@@ -369,6 +412,7 @@ class Run:
     def record(self) -> None:
         """Write down what this run is made of: config, overrides, provenance."""
         _ = self.trainer  # built first: a run that cannot be built leaves nothing behind
+        self._announce()
         for logger in self.loggers:
             logger.log_hyperparams(self._plain_config())
         self._tell_of_devices()
@@ -394,6 +438,29 @@ class Run:
         if now != before:
             self.say(f"goes on with {now}, after {before}: {now.samples_of_step} in a step, as before")
 
+    def _announce(self) -> None:
+        """Say what is about to be trained, and what is odd about it.
+
+        Raises:
+            ConfigError: nothing would be trained, or nothing measured.
+        """
+        if self.task == "evaluate":
+            plan.require_test(self.trainer, self.data)
+        trains = self.task == "train" or any(method.trains for method in self.compressions)
+        if self.task not in TRAINS or not trains:
+            return
+        try:
+            require_step(self.learner.optimizer_factory, self.learner.model)
+        except ValueError as error:
+            raise ConfigError(f"optimizer: {error}") from error
+        planned, spec = plan.of_training(self.trainer, self.data, is_tested=self.task == "train"), self.data.spec
+        outputs = f"{spec.num_classes} classes" if spec.num_classes else "one number"
+        samples, steps = planned.lines
+        shape = " x ".join(map(str, spec.shape))
+        self.say(f"{plan.device(self.trainer)}; {spec.name}: {samples} of {shape}, {outputs}; {steps}")
+        for warning in planned.warnings if is_first_rank() else ():
+            log.warning(warning)
+
     def publish(
         self, rows: list[dict[str, Any]], notes: Sequence[str], ratios: dict[str, float] | None = None
     ) -> Report:
@@ -408,6 +475,8 @@ class Run:
             report.write(done, self.folder)  # last: a folder with a report is a finished run
             console = terminal.console()
             console.print(report.table(done, console.width))
+            for profile in sorted(self.folder.glob(f"*-{PROFILE}.txt")):
+                self.say(f"profile: {profile}")
             self.say(f"report: {self.folder / report.MARKDOWN_NAME}")
         return done
 
@@ -480,5 +549,9 @@ def _build(key: str, node: DictConfig, **supplied: Any) -> Any:
     accepted = inspect.signature(factory.func).parameters
     try:
         return factory(**{name: value for name, value in supplied.items() if name in accepted})
-    except (ValueError, TypeError, MisconfigurationException, InstantiationException) as error:
+    except (ValueError, TypeError, ImportError, MisconfigurationException, InstantiationException) as error:
         raise ConfigError(f"{key}: {error}") from error
+    except RuntimeError as error:
+        if not any(reason in str(error) for reason in TOO_LARGE):
+            raise
+        raise ConfigError(f"{key}: does not fit into memory, {str(error).splitlines()[0]}") from error

@@ -132,30 +132,54 @@ class Mirror:
             raise ConfigError(f"callbacks.checkpoint.mirror={address}: {error}") from error
 
     def copy(self, path: Path) -> None:
-        """Copy a file and its list of hashes; a `last.ckpt` that is there already becomes the previous one.
+        """Copy a file, and note its hash; a `last.ckpt` that is there already becomes the previous one.
+
+        The list holds the hashes of what is there, and while a file moves in that of the next one too: whatever is cut
+        off, and whichever file of the folder never arrived, what lies there can be checked.
 
         Raises:
             Exception: whatever the file system has to say.
         """
         self.files.makedirs(self.root, exist_ok=True)
-        there = f"{self.root}/{path.name}"
+        there, draft = f"{self.root}/{path.name}", f"{self.root}/{_draft(path).name}"
         if not path.exists():  # there is no best any more
             if self.files.exists(there):
                 self.files.rm(there)
             return
+        listed = self._list()
+        replaced = {path.name, PREVIOUS} if path.name == LAST else {path.name}
         if path.name == LAST and self.files.exists(there):
             self.files.copy(there, f"{self.root}/{PREVIOUS}")
-        for file in (path, path.with_name(SUMS)):
-            draft = f"{self.root}/{_draft(file).name}"
-            self.files.put_file(str(file), draft)
-            self.files.mv(draft, f"{self.root}/{file.name}")
+        new = {(name, value) for name, value in _lines(path.with_name(SUMS).read_text("utf-8")) if name == path.name}
+        if path.name == LAST:
+            new |= {(PREVIOUS, value) for name, value in listed if name == LAST}
+        self.files.put_file(str(path), draft)
+        self._write_list(listed | new)
+        self.files.mv(draft, there)
+        self._write_list({(name, value) for name, value in listed if name not in replaced} | new)
+
+    def _list(self) -> set[tuple[str, str]]:
+        try:
+            return set(_lines(self.files.cat_file(f"{self.root}/{SUMS}").decode()))
+        except FileNotFoundError:
+            return set()
+
+    def _write_list(self, listed: set[tuple[str, str]]) -> None:
+        draft = f"{self.root}/.{SUMS}.partial"
+        self.files.pipe_file(draft, "".join(f"{value}  {name}\n" for name, value in sorted(listed)).encode())
+        self.files.mv(draft, f"{self.root}/{SUMS}")
+
+
+def _lines(text: str) -> list[tuple[str, str]]:
+    """Names and hashes of a list."""
+    return [(line.partition("  ")[2], line.partition("  ")[0]) for line in text.splitlines()]
 
 
 def _recorded(folder: Path) -> tuple[set[str], set[str]]:
     """Names and hashes in the list of the folder, and in the next list, which a crash has left."""
     files = [file for file in (folder / SUMS, _draft(folder / SUMS)) if file.is_file()]
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    return {line.partition("  ")[2] for line in lines}, {line.partition("  ")[0] for line in lines}
+    lines = [line for file in files for line in _lines(file.read_text(encoding="utf-8"))]
+    return {name for name, _ in lines}, {value for _, value in lines}
 
 
 class _Hashed:

@@ -2,6 +2,7 @@ import io
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -219,6 +220,23 @@ def test_validation_and_the_trained_learner_use_the_average_of_all_steps(tmp_pat
     torch.testing.assert_close(net.validated[0], expected[4])
     torch.testing.assert_close(net.validated[1], expected[9])
     torch.testing.assert_close(net.model[0].weight.detach(), expected[9])
+
+
+def test_the_average_of_a_network_in_16_bits_reaches_the_weights_and_leaves_them_as_they_are():
+    net, average = Net().bfloat16(), EMA(decay=0.999, every_n_steps=1)
+    average.on_train_start(SimpleNamespace(global_step=0), net)
+    weight = net.model[0].weight
+    with torch.no_grad():
+        weight.fill_(1.203125)
+    for step in range(1, 10_000):
+        average._catch_up(step)
+    assert float(average.average[0].min()) == pytest.approx(1.203125, abs=1e-4)
+    exact = [tensor.clone() for tensor in average.average]
+    average._show(average=True)
+    average._show(average=False)
+    assert torch.equal(weight, torch.full_like(weight, 1.203125))
+    assert all(map(torch.equal, average.average, exact))
+    assert average.average[0].dtype == torch.float32
 
 
 def test_a_checkpoint_holds_the_average_under_plain_names_and_loads_safely(tmp_path):

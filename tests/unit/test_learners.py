@@ -8,11 +8,14 @@ import pytest
 import torch
 from sklearn import metrics as sk
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from espalier.data.digits import Digits
 from espalier.data.loaders import Batch
 from espalier.learners.classifier import Classifier
+from espalier.learners.guard import gradient_norm
 from espalier.learners.learner import Learner
+from espalier.learners.precision import HalfNetwork
 from espalier.learners.regressor import Regressor
 from espalier.optim.schedules import constant
 from espalier.spec import DataSpec
@@ -255,3 +258,83 @@ def test_a_step_draws_the_same_random_numbers_wherever_it_is_run():
     assert not torch.equal(dropping.training_step(batch, 12), first)
     dropping._rank = 1
     assert not torch.equal(dropping.training_step(batch, 11), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_of_an_epoch_count_every_sample_in_any_precision(dtype: torch.dtype):
+    y_B = torch.zeros(301, dtype=torch.long)
+    output_BK = nn.functional.one_hot(y_B, NUM_CLASSES).to(dtype)
+    loss = torch.tensor(2.0, dtype=dtype)
+    assert classifier().sums(output_BK, y_B, loss).tolist() == [602.0, 301.0, 301.0]
+    assert regressor().sums(output_BK, y_B, loss).tolist() == [602.0, 301.0]
+
+
+def test_a_network_in_16_bits_is_measured_in_32():
+    plugin = HalfNetwork("bf16-true")
+    learner = classifier(nn.Linear(5, NUM_CLASSES), class_weights="balanced")
+    weights_K = learner.class_weights.clone()
+    weight, bias = learner.model.weight.detach().clone(), learner.model.bias.detach().clone()
+    plugin.convert_module(learner)
+    x, y_B = torch.randn(301, 5), torch.randint(NUM_CLASSES, (301,))
+    half = torch.bfloat16
+    output_BK = nn.functional.linear(x.to(half), weight.to(half), bias.to(half)).float()
+    assert torch.equal(learner(x), output_BK)
+    assert torch.equal(learner.class_weights, weights_K)
+    expected = sk.log_loss(y_B, output_BK.double().softmax(1).detach(), labels=list(range(NUM_CLASSES)))
+    values = measured(learner, "val", x, y_B)
+    assert float(values["val/loss"].detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_target_is_not_rounded_to_16_bits():
+    batch = Batch(torch.ones(1, 5), torch.tensor([347.0]), torch.tensor([0]))
+    assert HalfNetwork("bf16-true").convert_input(batch).y.item() == 347.0
+
+
+def norm_of(*gradients: Tensor) -> Tensor:
+    parameters = [nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return gradient_norm(torch.optim.SGD(parameters, lr=0.1))
+
+
+def test_the_norm_of_gradients_in_16_bits_has_32():
+    norm = norm_of(torch.ones(301, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16))
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(303**0.5, rel=1e-6)
+
+
+def test_the_norm_of_sparse_gradients_is_that_of_the_same_dense_ones():
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[1, 3, 1]]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), (9, 2)
+    )
+    dense = torch.tensor([7.0, 8.0])
+    assert float(norm_of(sparse, dense)) == pytest.approx(float(norm_of(sparse.to_dense(), dense)), rel=1e-6)
+
+
+class Table(nn.Module):
+    """An embedding of five numbers, each 0 or 1."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(2, 8, mode="sum", sparse=sparse)
+        self.head = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table((x > 0).long()))
+
+
+def test_sparse_gradients_train_as_dense_ones_do():
+    weights = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        learner = classifier(Table(sparse))
+        dice = torch.Generator().manual_seed(0)
+        x_NF, y_N = torch.randn(4, 16, 5, generator=dice), torch.randint(NUM_CLASSES, (4, 16), generator=dice)
+        batches = [Batch(x, y, torch.arange(16)) for x, y in zip(x_NF, y_N, strict=True)]
+        trainer = L.Trainer(
+            **{"max_epochs": 1, "logger": False, "enable_checkpointing": False, "gradient_clip_val": 0.1},
+            **{"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"},
+        )
+        trainer.fit(learner, DataLoader(batches, batch_size=None))
+        weights.append(learner.model.table.weight.detach())
+    torch.testing.assert_close(*weights)

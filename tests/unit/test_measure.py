@@ -209,6 +209,19 @@ def test_the_table_of_trials_shows_what_differs_and_how_each_ended(tmp_path):
     assert " ".join(second[4:]) == "loss became NaN at step 3"
 
 
+def test_a_long_reason_in_a_table_of_trials_takes_no_width_from_the_numbers(tmp_path):
+    words = [f"optimizer.lr={rate}" for rate in ("0.0001234", "0.0005678")]
+    reason = "data.batch_size=5000: times 1 devices makes a global batch of 5000, but there are only 1151 samples; " * 2
+    finished = [
+        (tmp_path / str(place), [word, f"data.path=/data/a/folder/{place}"], reason) for place, word in enumerate(words)
+    ]
+    for width in (80, 100):
+        text = shown(report.trials(finished), width=width)
+        for word in (*words, "data.path=/data/a/folder/0"):
+            assert text.count(word.partition("=")[2]) == 1, text
+        assert "".join(text.split()).count("global") == 4
+
+
 # --- figures ------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from espalier.optim.build import build_optimizer
+from espalier.optim.build import build_optimizer, require_step
 from espalier.optim.groups import parameter_groups
 from espalier.optim.lamb import Lamb
 from espalier.optim.lion import Lion
@@ -304,3 +304,20 @@ def test_orthogonal_matrices_have_singular_values_near_one_and_keep_their_direct
     assert values.min() > 0.65
     assert values.max() < 1.25
     torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_an_optimizer_that_takes_sparse_gradients_passes(name: str):
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    require_step(partial(torch.optim.SGD, lr=0.1, momentum=0.9 if name == "momentum" else 0.0, weight_decay=0.1), model)
+    require_step(partial(torch.optim.SparseAdam, lr=0.1), nn.Embedding(5, 3, sparse=True))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SparseAdam])
+def test_an_optimizer_that_does_not_take_all_gradients_of_a_model_is_refused(kind: type[torch.optim.Optimizer]):
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"optimizer=sgd takes; or build it with sparse=False"):
+        require_step(partial(kind, lr=0.1), model)
+    assert torch.equal(torch.get_rng_state(), state)
+    require_step(partial(torch.optim.AdamW, lr=0.1), nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)))

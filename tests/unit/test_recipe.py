@@ -1,5 +1,7 @@
 """The order of methods, the ledger and its replay, without any training."""
 
+from importlib import import_module
+
 import pytest
 from torch import nn
 
@@ -27,6 +29,25 @@ def test_structure_masks_distillation_quantization_is_a_good_order(recipe: list[
 def test_a_wrong_order_is_answered_with_the_right_one():
     with pytest.raises(ConfigError, match=r"say compression=\[prune_channels,distill,qat\]"):
         check_recipe(["qat", "prune_channels", "distill"], [])
+
+
+@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("name", ["replay", "finalize"])
+def test_a_method_without_one_of_its_functions_is_found_before_it_trains(
+    monkeypatch: pytest.MonkeyPatch, method: str, name: str
+):
+    check_recipe([method], [])
+    monkeypatch.delattr(import_module(f"espalier.compression.{method}"), name)
+    with pytest.raises(
+        ConfigError, match=rf"^compression={method}: .*{method} has no {name}; see docs/compression_methods"
+    ):
+        check_recipe([method], [])
+
+
+def test_a_method_that_applies_nothing_is_found_before_it_trains(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr("espalier.compression.ptq.PTQ.apply")
+    with pytest.raises(ConfigError, match="ptq has no subclass of Compression with apply"):
+        check_recipe(["ptq"], [])
 
 
 @pytest.mark.parametrize("recipe", [["qat", "ptq"], ["prune_magnitude", "prune_nm"]])

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -276,6 +278,51 @@ def test_a_mirror_holds_the_same_files(run: Path, tmp_path: Path, address: str):
     assert step(tmp_path / "back") == 3
     spoil(tmp_path / "back" / "checkpoints" / "last.ckpt")
     assert step(tmp_path / "back") == 2
+
+
+class CutOff:
+    """A file system that is gone after so many operations."""
+
+    def __init__(self, files: Any, left: int) -> None:
+        self.files, self.left = files, left
+
+    def __getattr__(self, name: str) -> Any:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            if not self.left:
+                raise ConnectionError("gone")
+            self.left -= 1
+            return getattr(self.files, name)(*args, **kwargs)
+
+        return operation
+
+
+def test_a_mirror_that_is_cut_off_anywhere_holds_only_what_loads(run: Path, tmp_path: Path):
+    """Without the hidden files, as `cp mirror/*` and `source=ADDRESS` leave them behind."""
+    for left in count():
+        io, there = writer(), f"memory://bucket/cut{left}"
+        io.mirror = mirror = storage.Mirror(there)
+        whole = mirror.files
+        for number in (1, 2):
+            save(run, number, io)
+            io.save_again(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt")
+        mirror.files = CutOff(whole, left)
+        save(run, 3, io)
+        io.save_again(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt")
+        was_cut, mirror.files = mirror.files.left == 0, whole
+        for is_later in (False, True):  # and after the next one, which arrived
+            if is_later:
+                save(run, 4, io)
+            back = tmp_path / f"back{left}{is_later}"
+            back.mkdir()
+            for name in whole.ls(mirror.root, detail=False):
+                if not name.rpartition("/")[2].startswith("."):
+                    whole.get_file(name, str(back / name.rpartition("/")[2]))
+            files = sorted(back.glob("*.ckpt"))
+            assert [file.name for file in files] == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+            assert [file.name for file in files if storage.is_damaged(file)] == [], left
+        if not was_cut:
+            break
+    assert left > 10
 
 
 def test_a_mirror_that_is_out_of_reach_costs_a_warning_and_no_checkpoint(

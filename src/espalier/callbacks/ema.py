@@ -45,16 +45,19 @@ class EMA(L.Callback):
 
     The learner holds the raw weights while it trains, the average while it is validated and after training. A bool
     buffer `weight_mask` beside `weight` masks the average too, or zeros set just now would not be zeros in it.
+    The average of a network in 16 bits has 32: in bfloat16 it would stand still, as its steps are below its precision.
     """
 
     def __init__(self, decay: Rate, every_n_steps: Count) -> None:
         self.decay = decay
         self.every_n_steps = every_n_steps
         self.step = 0  # optimizer step of the last update
-        self.shows_average = False  # whether the learner holds the average, and `other` the raw weights
+        self.shows_average = False  # whether the learner holds the average, and `raw` what it trains
         self.names: list[str] = []
         self.held: list[Tensor] = []  # the learner's own tensors
-        self.other: list[Tensor] = []  # whichever of raw and averaged weights the learner does not hold
+        self.average: list[Tensor] = []  # float32, or what is wider
+        self.raw: list[Tensor] = []  # while the learner holds the average
+        self.is_wider = False  # the average, than the weights
         self.masks: dict[int, Tensor] = {}  # by place in `names`
         self.restored: dict[str, Tensor] = {}
 
@@ -67,7 +70,13 @@ class EMA(L.Callback):
         self.names = averaged_names(pl_module)
         self.held = [state[name] for name in self.names]
         averages = self.restored or state
-        self.other = [averages[name].to(state[name].device, copy=True) for name in self.names]
+        wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in self.held]
+        self.average = [
+            averages[name].to(state[name].device, dtype, copy=True)
+            for name, dtype in zip(self.names, wide, strict=True)
+        ]
+        self.raw = []
+        self.is_wider = wide != [tensor.dtype for tensor in self.held]
         masks = {place: state.get(f"{name}_mask") for place, name in enumerate(self.names)}
         self.masks = {place: mask for place, mask in masks.items() if mask is not None and mask.dtype == torch.bool}
         if not self.restored:
@@ -84,7 +93,8 @@ class EMA(L.Callback):
     def _catch_up(self, step: int) -> None:
         """Update once per optimizer step, also where a checkpoint was written between the step and its update."""
         if step > self.step and step % self.every_n_steps == 0:
-            update(self.other, self.held, decay_at(step, self.decay))
+            current = [tensor.float() for tensor in self.held] if self.is_wider else self.held
+            update(self.average, current, decay_at(step, self.decay))
         self.step = step
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -98,21 +108,23 @@ class EMA(L.Callback):
         self._show(average=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.held, self.other = [], []  # the learner keeps the average; the raw weights are done with
+        self.held, self.average, self.raw = [], [], []  # the learner keeps the average; the raw weights are done with
 
     @torch.no_grad()
     def _show(self, *, average: bool) -> None:
         if self.held and average != self.shows_average:
             self._mask_average()
-            before = [tensor.clone() for tensor in self.held]
-            torch._foreach_copy_(self.held, self.other)
-            torch._foreach_copy_(self.other, before)
+            if average:
+                self.raw = [tensor.clone() for tensor in self.held]
+            torch._foreach_copy_(self.held, self.average if average else self.raw)
+            if not average:
+                self.raw = []
             self.shows_average = average
 
     @torch.no_grad()
     def _mask_average(self) -> None:
         if self.masks and not self.shows_average:  # what is shown has been masked before
-            torch._foreach_mul_([self.other[place] for place in self.masks], list(self.masks.values()))
+            torch._foreach_mul_([self.average[place] for place in self.masks], list(self.masks.values()))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Plain names for the average; the raw weights lie beside them under `ema`."""
@@ -120,11 +132,9 @@ class EMA(L.Callback):
             return
         self._mask_average()
         state = checkpoint["state_dict"]
-        held = {name: state[name] for name in self.names}
-        other = dict(zip(self.names, self.other, strict=True))
-        average, raw = (held, other) if self.shows_average else (other, held)
-        checkpoint["state_dict"] = {**state, **average}
-        checkpoint["ema"] = {"raw": raw, "step": self.step}
+        raw = self.raw if self.shows_average else [state[name] for name in self.names]
+        checkpoint["state_dict"] = {**state, **dict(zip(self.names, self.average, strict=True))}
+        checkpoint["ema"] = {"raw": dict(zip(self.names, raw, strict=True)), "step": self.step}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resuming only: take the average that Lightning has just loaded into the learner, put the raw weights back."""

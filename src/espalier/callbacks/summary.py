@@ -97,8 +97,8 @@ class Summary(L.Callback):
             name = type(model).__name__  # one rank alone cannot run it
             terminal.console().print(f"{name}: {si(count_params(model))} parameters")
             return
-        device = next((parameter.device for parameter in model.parameters()), sample.device)
-        terminal.console().print(table(parts(model, sample[:1].to(device), self.depth)))
+        like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), sample)
+        terminal.console().print(table(parts(model, sample[:1].to(like), self.depth)))
 
 
 def table(lines: list[Part]) -> Table:

@@ -10,9 +10,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from espalier.callbacks.guarded import Guarded
+from espalier.errors import ConfigError
 from espalier.spec import Report
 
 INIT_SECONDS = 30.0  # then a server that does not answer is given up
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # as wandb knows them
 FIGURES = "figures/*.png"  # in the run folder
 
 
@@ -74,8 +76,15 @@ def log_report(logger: Logger, report: Report) -> None:
 
 
 def mode() -> str:
-    """`WANDB_MODE`, else online where there is a key; explicit, as wandb itself reads the variable only once."""
-    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    """`WANDB_MODE`, else online where there is a key; explicit, as wandb itself reads the variable only once.
+
+    Raises:
+        ConfigError: wandb has no such mode.
+    """
+    said = os.environ.get("WANDB_MODE")
+    if said and said not in MODES:
+        raise ConfigError(f"WANDB_MODE={said}: no such mode of W&B; it is one of {', '.join(MODES[:3])}, or unset")
+    return said or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 
 
 def run_id(folder: Path) -> str:

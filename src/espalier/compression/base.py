@@ -30,6 +30,7 @@ from espalier.config import nearest
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 
+FUNCTIONS = ("replay", "finalize")  # of a method's file
 Entry = dict[str, Any]  # "method" and plain values
 Samples = Callable[[int], Batch]  # that many training samples, not augmented, the same on each rank and each call
 
@@ -156,6 +157,8 @@ def without_teacher(model: nn.Module, ledger: Iterable[Entry]) -> tuple[nn.Modul
 
 def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> None:
     """Raise `ConfigError` unless the methods are in an order that works, after what the source has been through."""
+    for method in recipe:
+        _require_complete(method)
     words = f"compression=[{','.join(recipe)}]"
     stages = {method: stage_of(method) for method in recipe}
     right = sorted(recipe, key=stages.__getitem__)
@@ -177,6 +180,19 @@ def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> 
         raise ConfigError(
             f"{words}: source went through {latest} already and {late[0]} has its place before that; "
             "start from the run that this source came from"
+        )
+
+
+def _require_complete(method: str) -> None:
+    """Raise `ConfigError` if the file of a method lacks what is needed once the network is trained."""
+    file = _file_of(method)
+    missing = [name for name in FUNCTIONS if not callable(getattr(file, name, None))]
+    own = [kind for kind in vars(file).values() if isinstance(kind, type) and issubclass(kind, Compression)]
+    if not any(kind.apply is not Compression.apply for kind in own):
+        missing.append("subclass of Compression with apply")
+    if missing:
+        raise ConfigError(
+            f"compression={method}: {file.__name__} has no {' and no '.join(missing)}; see docs/compression_methods.md"
         )
 
 

@@ -85,8 +85,8 @@ class Classifier(Learner):
     def sums(self, output: Tensor, y: Tensor, loss: Tensor) -> Tensor:
         y_B = y if y.ndim == 1 else y.argmax(1)
         num_correct = (output.argmax(1) == y_B).sum()
-        samples = torch.full_like(loss, len(y))
-        return torch.stack((loss * samples, num_correct.to(loss.dtype), samples))
+        samples = torch.full_like(loss, len(y), dtype=torch.float32)  # half precision counts to 256
+        return torch.stack((loss * samples, num_correct.to(torch.float32), samples))
 
     def new_metrics(self, split: Split) -> MetricCollection:
         metrics: dict[str, Metric | MetricCollection] = {

@@ -18,6 +18,7 @@ from espalier.errors import DivergedError
 NUM_FIRST = 10  # steps whose mean loss is where the training started
 SMOOTHING = 0.9  # of the recent loss
 MAX_SHOWN = 8  # samples named in the message
+HALF = (torch.bfloat16, torch.float16)
 KEPT = ("start", "recent", "has_warned")  # in a checkpoint
 
 Looked = tuple[int, Tensor, float, Tensor]  # step, loss and norm (2,), learning rate, samples
@@ -108,10 +109,13 @@ class Guard:
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:
-    """L2 norm of all gradients together, scalar; a DTensor where they are sharded."""
+    """L2 norm of all gradients together, scalar, float32 or wider; a DTensor where they are sharded."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if isinstance(gradients[0], DTensor):
         return get_total_norm(gradients)
-    return torch.linalg.vector_norm(
-        torch.stack(torch._foreach_norm(gradients))
-    )  # as get_total_norm, in 4 calls, not 60
+    wide = {"dtype": torch.float32} if gradients[0].dtype in HALF else {}
+    try:  # as get_total_norm, in 4 calls, not 60
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, **wide)))
+    except NotImplementedError:  # a gradient of an embedding may be sparse
+        whole = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(whole, **wide)))

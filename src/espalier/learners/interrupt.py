@@ -71,7 +71,8 @@ def requeue() -> None:
     words = ["scontrol", "requeue", os.environ[JOB]]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
-        reason = done.stderr.strip() if done.returncode else ""
+        said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        reason = said if done.returncode else ""
     except OSError as error:
         reason = str(error.strerror)
     if reason:

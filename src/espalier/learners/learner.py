@@ -64,6 +64,7 @@ class Learner(L.LightningModule):
         self.seed = seed
         self.channels_last = channels_last and spec.is_image
         self.compiles = compile
+        self.input_dtype: torch.dtype | None = None  # of a network in 16 bits; see precision.py
         self.metrics = nn.ModuleDict({split: self.new_metrics(split) for split in ("val", "test")})
         self.train_sums = torch.zeros(len(self.train_statistics) + 1)  # no buffer: DDP gives all ranks the first one's
         self.example_input_array = torch.zeros(2, *spec.shape)
@@ -97,7 +98,8 @@ class Learner(L.LightningModule):
         return output
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
+        x = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        return self.model(x) if self.input_dtype is None else self.model(x.to(self.input_dtype)).float()
 
     def setup(self, stage: str) -> None:
         if self.channels_last:

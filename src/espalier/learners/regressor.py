@@ -57,7 +57,7 @@ class Regressor(Learner):
         return self.loss_function(output.squeeze(1), (y - self.spec.target_mean) / self.spec.target_std)
 
     def sums(self, output: Tensor, y: Tensor, loss: Tensor) -> Tensor:
-        samples = torch.full_like(loss, len(y))
+        samples = torch.full_like(loss, len(y), dtype=torch.float32)  # half precision counts to 256
         return torch.stack((loss * samples, samples))
 
     def predict(self, output: Tensor) -> Tensor:

@@ -90,7 +90,10 @@ def trials(finished: Sequence[Trial]) -> Table:
     for metric in metrics:
         columns[_short(metric, metrics)] = [_cell(values.get(metric), number) for values in measured]
     columns["state"] = [outcome for _, _, outcome in finished]
-    return grid_of(columns)
+    grid = grid_of(columns)
+    for column in grid.columns[:-1]:
+        column.no_wrap = True  # a long reason takes more lines, not the width of the numbers
+    return grid
 
 
 def si(value: float) -> str:

@@ -41,6 +41,30 @@ def build_optimizer(factory: partial[Optimizer], model: nn.Module) -> Optimizer:
     return optimizer
 
 
+def require_step(factory: partial[Optimizer], model: nn.Module) -> None:
+    """Try what would fail in the first step otherwise.
+
+    Raises:
+        ValueError: the optimizer cannot be built, or does not take the sparse gradients of an embedding.
+    """
+    build_optimizer(factory, model)
+    tables = [one for one in model.modules() if isinstance(one, nn.Embedding | nn.EmbeddingBag) and one.sparse]
+    if not tables:
+        return
+    probe: nn.Module = nn.Embedding.from_pretrained(torch.zeros(2, 2), freeze=False, sparse=True)
+    if len(trainable(model)) > len(tables):
+        probe = nn.Sequential(probe, nn.LayerNorm(2))
+    probe(torch.tensor([0])).sum().backward()
+    try:
+        build_optimizer(factory, probe).step()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{reason}; the model has an embedding with sparse gradients, which optimizer=sgd takes; "
+            "or build it with sparse=False"
+        ) from error
+
+
 def build_scheduler(
     factory: partial[Any], optimizer: Optimizer, total_steps: int, monitor: str, mode: Literal["min", "max"]
 ) -> dict[str, Any]:

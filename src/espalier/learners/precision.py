@@ -1,0 +1,29 @@
+"""Networks in 16 bits (`bf16-true`, `16-true`); what is counted or compared stays float32."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.plugins.precision import HalfPrecision
+from torch import Tensor, nn
+
+
+class HalfNetwork(HalfPrecision):
+    """Lightning's, which would round targets, class weights and the sums of metrics as well.
+
+    A target of 346 is 346 in bfloat16, 347 is 348; and 256 + 1 is 256.
+    """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, L.LightningModule):
+            module.model.to(self._desired_input_dtype)  # type: ignore[union-attr]
+            module.input_dtype = self._desired_input_dtype  # type: ignore[assignment]  # see Learner.forward
+            return module
+        return module.to(self._desired_input_dtype)
+
+    def convert_input(self, data: Any) -> Any:
+        """A tensor alone is input; a batch holds targets too, and the learner casts its input."""
+        return data.to(self._desired_input_dtype) if isinstance(data, Tensor) and data.is_floating_point() else data
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
