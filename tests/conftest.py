@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from espalier import cli
+from espalier.measure import figures
 from helpers import forked
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
@@ -49,7 +52,9 @@ def espalier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str] | None = None) -> Outcome:
     before, sys.argv = sys.argv, ["espalier", *words]
     try:
-        cli.main()
+        with pytest.MonkeyPatch.context() as patch:
+            spare(patch)
+            cli.main()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -58,6 +63,37 @@ def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str
         GlobalHydra.instance().clear()
     out, err = capfd.readouterr() if capfd else ("", "")
     return Outcome(code, out, err, folder)
+
+
+_drawn: dict[tuple[str, ...], bytes] = {}
+
+
+def spare(patch: pytest.MonkeyPatch) -> None:
+    """Take from a command inside the test process what costs half of its time and differs in no test.
+
+    Hydra composes once more to ask for `hydra.mode`, which is not set. Curves of the same metrics, and the confusion
+    matrix of the same classes, are drawn once in each test process, and copied. `launch` leaves both as they are.
+    """
+    curves, confusion_matrix = figures.curves, figures.confusion_matrix
+
+    def draw(key: tuple[str, ...], target: Path, whole: Callable[[], None]) -> None:
+        if key in _drawn:
+            target.write_bytes(_drawn[key])
+        else:
+            whole()
+            _drawn[key] = target.read_bytes()
+
+    def curves_once(metrics_csv: Path, target: Path) -> None:
+        header = metrics_csv.read_text().partition("\n")[0]
+        draw(("curves", header), target, lambda: curves(metrics_csv, target))
+
+    def matrix_once(counts_KK: torch.Tensor, class_names: Sequence[str], target: Path) -> None:
+        draw(("matrix", *class_names), target, lambda: confusion_matrix(counts_KK, class_names, target))
+
+    patch.setattr(figures, "curves", curves_once)
+    patch.setattr(figures, "confusion_matrix", matrix_once)
+    if not any("hydra.mode=" in word for word in sys.argv):
+        patch.setattr(Hydra, "get_mode", lambda hydra, config_name, overrides: None)
 
 
 def launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -94,3 +130,27 @@ def run_in(folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Share the list of operators between exports to ONNX: torch reads it out of the source of 500 functions each time.
+
+    Not with the first one in a process, which imports the list.
+    """
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if module is None:
+        return
+    whole = module.ONNXRegistry.from_torchlib
+
+    def shared(**settings: int) -> Any:
+        # There are more operators once a library is imported that has its own.
+        key = (len(torch._C._dispatch_get_all_op_names()), *settings.items())
+        if key not in _registries:
+            _registries[key] = whole(**settings)
+        return _registries[key]
+
+    monkeypatch.setattr(module.ONNXRegistry, "from_torchlib", staticmethod(shared))
+
+
+_registries: dict[tuple[Any, ...], Any] = {}

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from helpers import forked
+
 ROOT = Path(__file__).parents[1]
 OLD = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
 NEW = "pergola_nets"
 
 
+def environment(folder: Path) -> dict[str, str]:
+    own = {"PYTHONPATH": str(folder / "src"), "WANDB_MODE": "offline", "GIT_CONFIG_GLOBAL": os.devnull}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **own}
+
+
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(folder / "src"),
-        "WANDB_MODE": "offline",
-        "OMP_NUM_THREADS": "1",
-        "GIT_CONFIG_GLOBAL": os.devnull,
-    }
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -63,7 +63,7 @@ def test_a_renamed_fork_has_no_trace_of_the_old_name_and_trains(fork):
     assert traces == [Path("LICENSE")]  # the licence asks to keep its copyright line
 
     words = ["train", "data=digits", "model=mlp", "trainer.max_epochs=1", "logger=csv"]
-    trained = run(fork, sys.executable, "-m", f"{NEW}.cli", *words)
+    trained = forked.run(["-m", f"{NEW}.cli", *words], cwd=fork, env=environment(fork), timeout=300)
     assert trained.returncode == 0, trained.stderr
     assert len(list(fork.glob("logs/train/*/report.json"))) == 1
 
