@@ -72,7 +72,7 @@ class Draw:
 def case(random: Random, pictures: Path, source: Path) -> Case:
     """A legal combination of everything that a training can be told."""
     draw = Draw(random)
-    recipe = draw.among("recipe", ("none", *RECIPES), 12 * len(RECIPES), *([2] * len(RECIPES)))
+    recipe = draw.among("recipe", ("none", *RECIPES), 12 * len(RECIPES), *([1] * len(RECIPES)))
     if recipe == "none":
         draw.say("train")
         num_samples, batch_size = _data(draw, pictures)

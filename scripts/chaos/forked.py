@@ -1,7 +1,7 @@
 """Runs of the command line as forks of a process that has imported everything; they end where they are told to.
 
 A run costs a second so, and can be ended at the seventh rename of a file or in the second batch of the test. What a
-fork cannot show is an end in the imports, which `kills.py` and `signals.py` try with processes of their own. Linux only.
+fork cannot show is an end in the imports; `kills.py` and `signals.py` try it with processes of their own. Linux only.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from espalier import catalog, cli, launch, run, storage
+from espalier import cli, launch, run, storage
 from espalier.callbacks.csv_log import CsvLog
 from espalier.checkpoint import CheckpointIO
 from espalier.export import deployed
@@ -66,6 +66,7 @@ IMPORTED = (
     "PIL.Image",
     "torch_pruning",
 )
+OF_ALL_RANKS = ("start", "batch", "step", "end of an epoch", "validation", "end of a validation", "test")
 POLL_SECONDS = 0.005
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 TIMED_OUT = 124
@@ -93,10 +94,10 @@ _counts: Path | None = None
 _draws = True  # figures: a third of the time of a run
 
 
-def warm(folder: Path) -> None:
-    """Import what any run needs, and train once: some imports wait for the first step, fonts for the first figure."""
+def warm(folder: Path, modules: Sequence[str]) -> None:
+    """Import these, and what a training needs: some imports wait for the first step, fonts for the first figure."""
     torch.set_num_threads(1)  # before any operation: a fork waits for the threads that OpenMP had here, for ever
-    for name in (*IMPORTED, *_modules()):
+    for name in modules:
         importlib.import_module(name)
     before = sys.stdout, sys.stderr
     words = ["train", "model=mlp", "model.hidden=[8]", "data=breast_cancer", "trainer.max_epochs=1", "logger=[csv]"]
@@ -114,13 +115,6 @@ def warm(folder: Path) -> None:
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread of this process would be missing in its forks"
     gc.collect()
     gc.freeze()
-
-
-def _modules() -> list[str]:
-    """Every module of espalier."""
-    root = Path(catalog.__file__).parent
-    files = (path.relative_to(root.parent).with_suffix("") for path in sorted(root.rglob("*.py")))
-    return [".".join(file.parts) for file in files if file.name not in ("__main__", "__init__")]
 
 
 def started(words: Sequence[str], output: Path, stop: Stop | None, seconds: float, *, draws: bool = True) -> int:
@@ -205,6 +199,7 @@ def _child(words: Sequence[str], environment: Mapping[str, str], output: Path | 
     code = 1
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(launch.PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.environ.update(environment)

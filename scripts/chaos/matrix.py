@@ -4,11 +4,11 @@
     .venv/bin/python scripts/chaos/matrix.py --case 0:17      # one of them again; its folder stays
 
 A case draws how long to train, when to validate, schedule, optimizer, network, data, augmentation, precision,
-callbacks, checkpoints, recipe and processes (`combinations.py`), then up to four places where it is ended: in training, in a
-validation, after a checkpoint or within its file, before a rename, in the test, in figures and report (`forked.py`).
-SIGKILL ends it, or a signal that asks for it. Each time the same command goes on. At the end all that is in its
-checkpoints, `metrics.csv` and the report are those of the unbroken run (`compared.py`), or the case has failed, and
-with it the script: exit code 1. Linux only.
+callbacks, checkpoints, recipe and processes (`combinations.py`), then up to four places where it is ended: in
+training, in a validation, after a checkpoint or within its file, before a rename, in the test, in figures and report
+(`forked.py`). SIGKILL ends it, or a signal that asks for it. Each time the same command goes on. At the end all that
+is in its checkpoints, `metrics.csv` and the report are those of the unbroken run (`compared.py`), or the case has
+failed, and with it the script: exit code 1. Linux only.
 """
 
 import argparse
@@ -20,19 +20,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
 import combinations
 import compared
-import datasets
 import forked
+from combinations import Case
 from forked import Stop
+
+from espalier import launch
+from espalier.learners import interrupt
 
 KILLS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
 RUN_SECONDS = 90.0  # of one run
 CASE_SECONDS = 400.0
+COMPRESSING = ("espalier.tasks.compress", "torch.onnx", "onnxscript", "onnxruntime", "torchao", "torch_pruning")
 
 
 @dataclass
@@ -58,44 +63,55 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
     parser.add_argument("--seconds", type=float, default=3600, help="start no case after that")
     chosen = parser.parse_args()
+    seed, indices = chosen.seed, range(chosen.first, chosen.first + chosen.cases)
+    if chosen.case:
+        seed, first = map(int, chosen.case.split(":"))
+        indices = range(first, first + 1)
     folder = Path(tempfile.mkdtemp(prefix="espalier_matrix_"))
-    seed, first = map(int, chosen.case.split(":")) if chosen.case else (chosen.seed, chosen.first)
+    tempfile.tempdir = str(folder)  # what a kill leaves behind goes with it
     started = time.monotonic()
-    prepare(folder)
+    prepare(folder, [drawn(folder, seed, index)[0] for index in indices])
     print(f"everything imported in {time.monotonic() - started:.0f} s, {time.process_time():.0f} s of CPU", flush=True)
-    outcomes = tried(
-        folder, seed, range(first, first + (1 if chosen.case else chosen.cases)), chosen.jobs, chosen.seconds
-    )
+    outcomes = tried(folder, seed, indices, chosen.jobs, chosen.seconds)
     failed = {index: outcome for index, outcome in outcomes.items() if outcome.problem}
-    told = coverage(list(outcomes.values()))
     for index, outcome in failed.items():
-        print(
-            f"\nFAILED {seed}:{index} {outcome.problem}\n  espalier {' '.join(outcome.words)}\n  {'; '.join(outcome.stops)}"
-        )
-        print(f"  again: .venv/bin/python scripts/chaos/matrix.py --case {seed}:{index}")
-    print(f"\n{told}")
-    stops = sum(len(outcome.stops) for outcome in outcomes.values())
-    cpu = time.process_time() + sum(outcome.cpu_seconds for outcome in outcomes.values())
+        print(f"\nFAILED {seed}:{index} {outcome.problem}\n  espalier {' '.join(outcome.words)}")
+        print(f"  {'; '.join(outcome.stops)}\n  again: .venv/bin/python scripts/chaos/matrix.py --case {seed}:{index}")
+    print(f"\n{coverage(list(outcomes.values()))}")
+    num_stops = sum(len(outcome.places) for outcome in outcomes.values())
+    cpu_seconds = time.process_time() + sum(outcome.cpu_seconds for outcome in outcomes.values())
     if not failed and not chosen.case:
         shutil.rmtree(folder)
     print(
-        f"{len(outcomes) - len(failed)} of {len(outcomes)} equal; {stops} stops; "
-        f"{time.monotonic() - started:.0f} s, {cpu:.0f} s of CPU" + (f"; see {folder}" if folder.exists() else "")
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} equal; {num_stops} stops; "
+        f"{time.monotonic() - started:.0f} s, {cpu_seconds:.0f} s of CPU" + (f"; see {folder}" * folder.exists())
     )
     sys.exit(bool(failed) or not outcomes)
 
 
-def prepare(folder: Path) -> None:
-    """Import everything, and make what cases start from."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID"):
+def prepare(folder: Path, cases: Iterable[Case]) -> None:
+    """Import what the cases need, and make what they start from."""
+    for name in (*launch.LAUNCHERS, "WORLD_SIZE", interrupt.JOB):
         os.environ.pop(name, None)
-    import combinations
-    import forked
+    compresses = any(case.drawn["recipe"] != "none" for case in cases)
+    reads = any(case.drawn.get("data") == "pictures" for case in cases)
+    forked.warm(folder, [*(COMPRESSING if compresses else ()), *(["datasets"] if reads else ())])
+    if reads:
+        import datasets
 
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    datasets.disable_progress_bars()
-    combinations.write_pictures(folder / "pictures")
-    forked.warm(folder)
+        datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        datasets.disable_progress_bars()
+        combinations.write_pictures(folder / "pictures")
+    if compresses:
+        output = folder / "source.out"
+        if forked.started([*combinations.SOURCE, f"hydra.run.dir={folder / 'source'}"], output, None, RUN_SECONDS):
+            sys.exit(output.read_text())
+
+
+def drawn(folder: Path, seed: int, index: int) -> tuple[Case, Random]:
+    """The case of this index, and what draws its stops."""
+    random = Random(f"{seed}:{index}")
+    return combinations.case(random, folder / "pictures", folder / "source"), random
 
 
 def tried(folder: Path, seed: int, indices: range, jobs: int, seconds: float) -> dict[int, Outcome]:
@@ -103,7 +119,6 @@ def tried(folder: Path, seed: int, indices: range, jobs: int, seconds: float) ->
     outcomes: dict[int, Outcome] = {}
     running: dict[int, tuple[int, float]] = {}  # index and deadline by process
     waiting, last_start = list(indices), time.monotonic() + seconds
-    make_source(folder)
     while running or (waiting and time.monotonic() < last_start):
         if waiting and len(running) < jobs and time.monotonic() < last_start:
             index = waiting.pop(0)
@@ -125,18 +140,9 @@ def tried(folder: Path, seed: int, indices: range, jobs: int, seconds: float) ->
                 outcomes[index] = outcome = Outcome(**told)
                 outcome.cpu_seconds = used.ru_utime + used.ru_stime
                 state = f"FAILED: {outcome.problem}" if outcome.problem else "equal"
-                where = f"{seed}:{index}"
-                print(
-                    f"{where:8} {outcome.seconds:5.1f} s  {'; '.join(outcome.stops) or 'no stop'}: {state}", flush=True
-                )
+                stops = "; ".join(outcome.stops) or "no stop"
+                print(f"{f'{seed}:{index}':8} {outcome.seconds:5.1f} s  {stops}: {state}", flush=True)
     return dict(sorted(outcomes.items()))
-
-
-def make_source(folder: Path) -> None:
-    """Train what compress starts from."""
-    output = folder / "source.out"
-    if forked.started([*combinations.SOURCE, f"hydra.run.dir={folder / 'source'}"], output, None, RUN_SECONDS):
-        sys.exit(output.read_text())
 
 
 def _be_case(folder: Path, seed: int, index: int) -> None:
@@ -160,8 +166,7 @@ def _be_case(folder: Path, seed: int, index: int) -> None:
 
 def broken(here: Path, folder: Path, seed: int, index: int, outcome: Outcome) -> str:
     """What differs after the stops of this case, or went wrong; empty if nothing."""
-    random = Random(f"{seed}:{index}")
-    case = combinations.case(random, folder / "pictures", folder / "source")
+    case, random = drawn(folder, seed, index)
     outcome.words, outcome.drawn = case.words, case.drawn
 
     def run(name: str, stop: Stop | None) -> int:
@@ -175,7 +180,7 @@ def broken(here: Path, folder: Path, seed: int, index: int, outcome: Outcome) ->
         if not +ahead:
             break
         place = random.choice(sorted(+ahead))
-        stop = Stop(place, random.randint(1, ahead[place]), *_how(random, case.num_ranks))
+        stop = Stop(place, random.randint(1, ahead[place]), *_how(random, place, case.num_ranks))
         code = run("broken", stop)
         outcome.stops.append(f"{stop} -> {code}")
         if not allowed(code, stop, case.num_ranks):
@@ -191,9 +196,10 @@ def broken(here: Path, folder: Path, seed: int, index: int, outcome: Outcome) ->
     return compared.shown(compared.differences(here / "broken", here / "unbroken"))
 
 
-def _how(random: Random, num_ranks: int) -> tuple[str, int, bool]:
+def _how(random: Random, place: str, num_ranks: int) -> tuple[str, int, bool]:
     """The signal, the rank, and whether all get it."""
-    return random.choices(KILLS, (12, 2, 1, 1, 1))[0], random.randrange(num_ranks), random.random() < 0.5
+    rank = random.randrange(num_ranks) if place in forked.OF_ALL_RANKS else 0
+    return random.choices(KILLS, (12, 2, 1, 1, 1))[0], rank, num_ranks > 1 and random.random() < 0.5
 
 
 def allowed(code: int, stop: Stop, num_ranks: int) -> bool:
