@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -47,6 +47,14 @@ class Case:
     draws: bool = False
 
 
+class Length(NamedTuple):
+    """Of a training: batches in an epoch, whole epochs, batches of one that is cut short."""
+
+    num_batches: int
+    num_epochs: int
+    rest: int
+
+
 class Draw:
     """Draws options for a case and writes down what it has drawn."""
 
@@ -81,10 +89,10 @@ def case(random: Random, pictures: Path, source: Path) -> Case:
         num_samples, batch_size = DATA["digits"][1], 64
     draw.case.num_ranks = draw.among("ranks", (1, 2), 5, 1)
     draw.say("strategy=ddp_cpu" if draw.case.num_ranks == 2 else "strategy=cpu")
-    num_batches = _limits(draw, num_samples // (batch_size * draw.case.num_ranks))
-    is_validated_within = _validations(draw, num_batches)
-    _optimizer(draw)
-    _callbacks(draw, is_validated_within)
+    length = _limits(draw, num_samples // (batch_size * draw.case.num_ranks))
+    is_validated_within, validates = _validations(draw, length)
+    _optimizer(draw, validates)
+    _callbacks(draw, is_validated_within, validates)
     draw.say("logger=[csv]", f"trainer.log_every_n_steps={random.randint(1, 5)}", f"seed={random.randint(0, 99)}")
     draw.case.draws = draw.among("figures", (False, True), 5, 1)
     return draw.case
@@ -134,8 +142,8 @@ def _recipe(draw: Draw, recipe: str) -> list[str]:
     return words
 
 
-def _limits(draw: Draw, num_all: int) -> int:
-    """How long to train, and on how much; the number of batches in an epoch."""
+def _limits(draw: Draw, num_all: int) -> Length:
+    """How long to train, and on how much."""
     num_batches = num_all
     kind = draw.among("limit_train_batches", ("all", "count", "share"), 1 if num_all < 15 else 0, 3, 1)
     if kind == "count":
@@ -152,34 +160,47 @@ def _limits(draw: Draw, num_all: int) -> int:
     accumulated = draw.among("accumulate_grad_batches", (1, 2, 3), 3, 1, 1)
     if accumulated > 1:
         draw.say(f"trainer.accumulate_grad_batches={accumulated}")
-    num_epochs = draw.random.randint(2, 4)
-    num_steps = draw.random.randint(2, num_epochs * -(-num_batches // accumulated))
+    num_epochs, steps_per_epoch = draw.random.randint(2, 4), -(-num_batches // accumulated)
+    num_steps = draw.random.randint(2, num_epochs * steps_per_epoch)
     ends = {
         "epochs": [f"trainer.max_epochs={num_epochs}"],
         "steps": ["trainer.max_epochs=-1", f"trainer.max_steps={num_steps}"],
         "both": [f"trainer.max_epochs={num_epochs}", f"trainer.max_steps={num_steps}"],
     }
-    draw.say(*ends[draw.among("end", ends, 3, 1, 1)])
-    return num_batches
+    end = draw.among("end", ends, 3, 1, 1)
+    draw.say(*ends[end])
+    if end == "epochs":
+        return Length(num_batches, num_epochs, 0)
+    num_whole, rest = divmod(num_steps, steps_per_epoch)
+    return Length(num_batches, num_whole, rest * accumulated)
 
 
-def _validations(draw: Draw, num_batches: int) -> bool:
-    """Whether there may be several in an epoch."""
+def _validations(draw: Draw, length: Length) -> tuple[bool, bool]:
+    """Whether there may be several in an epoch, and whether there is one at all."""
+    num_batches = length.num_batches
     every = draw.among("check_val_every_n_epoch", (1, 2, 3, "null"), 12, 3, 1, 2)
     if every != 1:
         draw.say(f"trainer.check_val_every_n_epoch={every}")
-    interval = draw.among("val_check_interval", ("1.0", "count", "share"), 4, 2, 1) if every != "null" else "of all"
-    if interval == "count":
-        draw.say(f"+trainer.val_check_interval={draw.random.randint(1, num_batches)}")
-    if interval == "share":
-        draw.say(f"+trainer.val_check_interval={draw.random.choice((0.5, 0.34)) if num_batches > 2 else 0.5}")
-    if every == "null":
-        draw.say(f"+trainer.val_check_interval={draw.random.randint(1, 2 * num_batches)}")
-    return interval != "1.0"
+    kind = draw.among("val_check_interval", ("1.0", "count", "share"), 4, 2, 1) if every != "null" else "of all"
+    interval: float = num_batches
+    if kind == "count":
+        interval = draw.random.randint(1, num_batches)
+    if kind == "share":
+        interval = draw.random.choice((0.5, 0.34)) if num_batches > 2 else 0.5
+    if kind == "of all":
+        interval = draw.random.randint(1, 2 * num_batches)
+        validates = interval <= length.num_epochs * num_batches + length.rest
+    else:
+        num_first = interval if isinstance(interval, int) else int(interval * num_batches)
+        validates = length.num_epochs >= every or (length.num_epochs + 1 == every and length.rest >= num_first)
+    if kind != "1.0":
+        draw.say(f"+trainer.val_check_interval={interval}")
+    return kind != "1.0", validates
 
 
-def _optimizer(draw: Draw) -> None:
-    draw.say(f"optimizer={draw.among('optimizer', OPTIMIZERS)}", f"scheduler={draw.among('scheduler', SCHEDULERS)}")
+def _optimizer(draw: Draw, validates: bool) -> None:
+    schedulers = [name for name in SCHEDULERS if validates or name != "plateau"]
+    draw.say(f"optimizer={draw.among('optimizer', OPTIMIZERS)}", f"scheduler={draw.among('scheduler', schedulers)}")
     if draw.case.drawn["scheduler"] == "plateau":
         draw.say("scheduler.patience=0", "scheduler.threshold=0.3")
     clip = draw.among("gradient_clip_val", ("1.0", "0.1", "null"), 3, 1, 1)
@@ -187,9 +208,12 @@ def _optimizer(draw: Draw) -> None:
         draw.say(f"trainer.gradient_clip_val={clip}")
 
 
-def _callbacks(draw: Draw, is_validated_within: bool) -> None:
+def _callbacks(draw: Draw, is_validated_within: bool, validates: bool) -> None:
     names = ["checkpoint"]
-    may_end = draw.case.drawn["recipe"] in ("none", "prune_channels")  # before a recipe that follows a plan is done
+    may_end = validates and draw.case.drawn["recipe"] in (
+        "none",
+        "prune_channels",
+    )  # before a recipe that follows a plan is done
     chances = {"monitor": 0.7, "ema": 0.35, "early_stopping": 0.3 * may_end, "progress": 0.1, "summary": 0.1}
     for name, share in chances.items():
         if draw.chance(share):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 CLOCKS = {"samples_per_second", "data_wait_share"}
 MONITOR = "callbacks/Monitor"  # whose state is times
+BEST = "checkpoints/BEST"  # which of them it is
 SET_ASIDE = "previous.ckpt"  # the last but one, which a stop saves as well
 MAX_SHOWN = 8
 
@@ -19,6 +20,7 @@ MAX_SHOWN = 8
 def differences(folder: Path, other: Path) -> list[str]:
     """Checkpoints, all that is in them; rows of `metrics.csv`; networks and remarks of the report."""
     found = [name for name, read in (("metrics.csv", rows), ("report", measured)) if read(folder) != read(other)]
+    found += [BEST] if best(folder) != best(other) else []
     ours, theirs = _names(folder), _names(other)
     found += [f"{name}: only in {folder.name}" for name in sorted(ours - theirs)]
     found += [f"{name}: only in {other.name}" for name in sorted(theirs - ours)]
@@ -48,6 +50,11 @@ def measured(folder: Path) -> list[Any]:
     report = json.loads((folder / "report.json").read_text())
     networks = [{key: row.get(key) for key in ("name", "metrics", "params", "nonzero")} for row in report["rows"]]
     return [*networks, *(report["notes"] if report["task"] == "train" else ())]  # others have latencies in them
+
+
+def best(folder: Path) -> str | None:
+    """Which checkpoint is recorded as the best; None where none is."""
+    return (folder / BEST).read_text() if (folder / BEST).exists() else None
 
 
 def checkpoint(folder: Path, name: str) -> dict[str, Any]:
