@@ -214,7 +214,8 @@ def _callbacks(draw: Draw, is_validated_within: bool, validates: bool) -> None:
         "none",
         "prune_channels",
     )  # before a recipe that follows a plan is done
-    chances = {"monitor": 0.7, "ema": 0.35, "early_stopping": 0.3 * may_end, "progress": 0.1, "summary": 0.1}
+    stops_early = 0.3 * (validates and follows_no_plan)
+    chances = {"monitor": 0.7, "ema": 0.35, "early_stopping": stops_early, "progress": 0.1, "summary": 0.1}
     for name, share in chances.items():
         if draw.chance(share):
             names.append(name)
