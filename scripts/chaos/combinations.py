@@ -210,10 +210,7 @@ def _optimizer(draw: Draw, validates: bool) -> None:
 
 def _callbacks(draw: Draw, is_validated_within: bool, validates: bool) -> None:
     names = ["checkpoint"]
-    may_end = validates and draw.case.drawn["recipe"] in (
-        "none",
-        "prune_channels",
-    )  # before a recipe that follows a plan is done
+    follows_no_plan = draw.case.drawn["recipe"] in ("none", "prune_channels")  # which an early end would cut short
     stops_early = 0.3 * (validates and follows_no_plan)
     chances = {"monitor": 0.7, "ema": 0.35, "early_stopping": stops_early, "progress": 0.1, "summary": 0.1}
     for name, share in chances.items():
