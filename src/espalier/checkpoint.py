@@ -8,7 +8,7 @@ Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from espalier.errors import ConfigError, EspalierError
 from espalier.spec import DataSpec
 
 VERSION = 1
+KEEPER = {"monitor", "best_model_path", "best_k_models"}  # in the state of a callback that keeps checkpoints
 PREFIX = "model."  # the learner's attribute; everything else in its state dict is not the network
 
 Job = Callable[[storage.Folder, str, str | None], None]  # makes the file of that name, keeping what was there as ...
@@ -36,6 +37,44 @@ class Checkpoint:
 
     path: Path
     content: Mapping[str, Any]
+    why: str = ""  # this file was taken, where that is not plain
+
+    @property
+    def said(self) -> str:
+        """The file, the step and the validation metric of its weights, for the line that a user sees."""
+        step = self.content.get("global_step")
+        last = self.content.get("validation") or {}
+        parts = [str(self.path)]
+        if (score := self._score()) is not None:
+            parts.append("{} {:.4f}".format(*score))
+        elif last:
+            parts.append(f"step {step}, last validated at step {last['step']}")
+        elif step is not None:
+            parts.append(f"step {step}")
+        return ", ".join([*parts, *filter(None, [self.why])])
+
+    def _score(self) -> tuple[str, float] | None:
+        """What the best is chosen by, and its value for these weights; None where they were not validated."""
+        last = self.content.get("validation")
+        if last:
+            return (
+                (last["monitor"], last["metrics"][last["monitor"]])
+                if last["step"] == self.content["global_step"]
+                else None
+            )
+        for state in self._keepers():  # before version 0.2 the file did not say it
+            for name, score in state["best_k_models"].items():
+                if Path(str(name)).name == self.path.name:
+                    return str(state["monitor"]), float(score)
+        return None
+
+    def best_name(self) -> str:
+        """The file that was best when this one was written, as its training knew; empty where none was."""
+        return next((Path(str(state["best_model_path"])).name for state in self._keepers()), "")
+
+    def _keepers(self) -> list[dict[str, Any]]:
+        states = self.content.get("callbacks", {})
+        return [state for state in states.values() if isinstance(state, dict) and state.keys() >= KEEPER]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,6 +117,13 @@ def load_run(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
         ConfigError: the RUN holds none of them, or what it holds cannot be read.
     """
     path = runs.checkpoint_in(key, runs.find(key, reference), names)
+    found = _last_or_previous(key, path)
+    if runs.BEST in names and path.name in runs.RESUMED and path != Path(reference):
+        return _unrecorded(key, found)
+    return found
+
+
+def _last_or_previous(key: str, path: Path) -> Checkpoint:
     previous = path.with_name(runs.PREVIOUS)
     if path.name != runs.LAST or not previous.is_file():
         return load(key, path)
@@ -87,6 +133,14 @@ def load_run(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
         found = load(key, previous)
         log.warning("%s; going on from %s, step %s", error, previous.name, found.content.get("global_step"))
         return found
+
+
+def _unrecorded(key: str, last: Checkpoint) -> Checkpoint:
+    """The best of a folder that does not say which it is: what the last checkpoint knew as such, else that one."""
+    best = last.path.with_name(last.best_name() or last.path.name)
+    if best.is_file() and best != last.path:
+        return replace(load(key, best), why=f"the best by {last.path.name}, as nothing recorded it")
+    return replace(last, why="as no best was kept")
 
 
 def _read(key: str, path: Path) -> Any:
@@ -124,6 +178,11 @@ class CheckpointIO(TorchCheckpointIO):
     def save_again(self, saved: Path, path: Path) -> None:
         """Give the checkpoint that was saved last another name in its folder as well; raise as `save_checkpoint`."""
         self._store(path, lambda folder, name, keep: folder.link(saved.name, name, keep))
+
+    def record_best(self, folder: Path, name: str | None) -> None:
+        """Write down which file of the folder is the best; after those that are on their way. Raise as above."""
+        if name is not None or (folder / runs.BEST).exists():
+            self._store(folder / runs.BEST, lambda files, _, keep: files.record_best(name))
 
     def teardown(self) -> None:
         """Wait for what is written in the background; Lightning calls this at the end of a fit.

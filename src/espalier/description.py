@@ -77,6 +77,8 @@ def _problems(content: Mapping[str, Any], size_bytes: int) -> Iterator[str]:
     parameters = content.get("hyper_parameters")
     if isinstance(parameters, dict) and INSTANTIATOR in parameters:
         yield f"it names {INSTANTIATOR}, a function to be called, which espalier never writes"
+    if not _is_validation(content.get("validation")):
+        yield "what it says of its validation is no metric"
     callbacks = content.get("callbacks", {})
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
         yield from (
@@ -128,6 +130,15 @@ def _is_plain(tree: Any) -> bool:
 
 def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("method"), str) and entry["method"].isidentifier()
+
+
+def _is_validation(said: Any) -> bool:
+    if said is None:
+        return True
+    if not isinstance(said, dict) or not isinstance(said.get("step"), int) or not isinstance(said.get("metrics"), dict):
+        return False
+    is_named = isinstance(said.get("monitor"), str) and said["monitor"] in said["metrics"]
+    return is_named and all(isinstance(value, float) for value in said["metrics"].values())
 
 
 def _files(state: Any) -> Iterator[str]:

@@ -24,7 +24,7 @@ from types import FrameType
 
 from espalier import secret
 from espalier.errors import ConfigError, DivergedError, EspalierError, StoppedError
-from espalier.learners.interrupt import SIGNALS
+from espalier.learners.interrupt import heard, leave_terminal
 from espalier.signals import InterruptedByUserError, handled, held_back, stopped
 
 NOTES = "ESPALIER_NOTES"  # the folder where a rank leaves its note
@@ -187,11 +187,12 @@ def launch(words: Sequence[str], num_ranks: int) -> None:
     received: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
+        leave_terminal(number)
         received.append(number)
         for rank in ranks:
             rank.send(signal.SIGKILL if received.count(signal.SIGINT) > 1 else number)
 
-    with tempfile.TemporaryDirectory(prefix="espalier_ranks_") as name, handled(SIGNALS, hand_on):
+    with tempfile.TemporaryDirectory(prefix="espalier_ranks_") as name, handled(heard(), hand_on):
         command, environment = [*_program(), *words], _environment(num_ranks, name)
         try:
             with held_back():

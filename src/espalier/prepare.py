@@ -23,6 +23,7 @@ from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
 from espalier.learners.interrupt import JOB
+from espalier.learners.position import epochs_begun
 from espalier.run import EVALUATED, Run
 from espalier.targets import check
 
@@ -53,6 +54,7 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
         description.require_state("resume", resumed.path, resumed.content)
         check(OmegaConf.create(resumed.config), untrusted=True, said=cfg)
         cfg = runs.from_resumed(cfg, resumed.config, words)
+        _check_position(cfg.trainer, resumed)
         task = str(cfg.task._target_).rpartition(".")[2]  # goes on as what it was
         sources = [_source(str(cfg.source), task)] if task == "compress" else []
     check(cfg)
@@ -84,6 +86,28 @@ def _check_combination(cfg: DictConfig, task: str) -> None:
         raise ConfigError(f"source={cfg.source}: a resumed run has its weights already; drop source or resume")
     if cfg.source and task not in runs.TAKES_SEVERAL and len(runs.split(cfg.source)) > 1:
         raise ConfigError(f"source={cfg.source}: {task} takes one RUN; several go to {' or '.join(runs.TAKES_SEVERAL)}")
+
+
+def _check_position(trainer: DictConfig, resumed: Checkpoint) -> None:
+    """Raise `ConfigError` if nothing can go on from there, or less is asked for than was done."""
+    run = resumed.path.parent.parent
+    if resumed.content.get("is_between_steps") is False:
+        raise ConfigError(
+            f"resume={resumed.path}: of a validation between two batches of one optimizer step, so nothing goes on "
+            f"from it exactly; resume={run} goes on from its last checkpoint"
+        )
+    try:
+        num_epochs, num_steps = epochs_begun(resumed.content), int(resumed.content["global_step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"resume={resumed.path}: does not say how far its training had come") from error
+    limits = (("max_epochs", num_epochs, "epoch"), ("max_steps", num_steps, "step"))
+    for name, done, what in limits:
+        limit = trainer.get(name)
+        if isinstance(limit, int) and 0 <= limit < done:
+            raise ConfigError(
+                f"trainer.{name}={limit}: this run is in {what} {done} already; say at least {done}, or measure what "
+                f"it has: espalier evaluate source={run}"
+            )
 
 
 def _source(reference: str, task: str) -> Checkpoint | Bundle:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from espalier import checkpoint, secret, seeding
+from espalier import checkpoint, runs, secret, seeding
 from espalier.callbacks.guarded import Guarded, guarded
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.wandb_log import log_report
@@ -43,8 +43,9 @@ from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
+from espalier.learners.position import FitLoop
 from espalier.measure import cost, figures, provenance, report
-from espalier.runs import RESUMED
+from espalier.runs import BEST, RESUMED
 from espalier.spec import DataSpec, Report
 from espalier.storage import DISK_IS_FULL
 from espalier.targets import check
@@ -61,7 +62,7 @@ for not_for_users in (
     warnings.filterwarnings("ignore", not_for_users)
 
 COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
-EVALUATED = (COMPRESSED, "best.ckpt", *RESUMED)  # what `source=FOLDER` means, in this order
+EVALUATED = (COMPRESSED, BEST, *RESUMED)  # what `source=FOLDER` means, in this order
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
 
@@ -163,6 +164,7 @@ class Run:
             raise ConfigError(f"{key}=source: this run starts from no source; name the RUN of the teacher")
         stored = checkpoint.load_run(key, self.cfg.source if reference == "source" else reference, EVALUATED)
         require_same_data(key, self.data, stored)
+        self.say(f"{key}: {stored.said}")
         return self.deployable(stored).module.requires_grad_(False)
 
     def network(self, stored: Checkpoint) -> nn.Module:
@@ -204,7 +206,8 @@ class Run:
 
     @cached_property
     def loggers(self) -> list[Guarded]:
-        supplied = {"folder": self.folder, "run_name": self.folder.name}
+        step = self.resumed.content["global_step"] if self.resumed else None
+        supplied = {"folder": self.folder, "run_name": self.folder.name, "resumed_step": step}
         return [guarded(partial(_build, f"logger.{name}", node, **supplied)) for name, node in self.cfg.logger.items()]
 
     @cached_property
@@ -222,6 +225,7 @@ class Run:
             num_sanity_val_steps=0,  # a resumed run would skip them, an unbroken one not
             use_distributed_sampler=False,  # data/loaders.py shards, and loses or repeats no sample
         )
+        trainer.fit_loop = FitLoop(trainer)
         # At SIGTERM Lightning would wait for all ranks, inside of the handler and wherever they are.
         trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
         return trainer
@@ -247,6 +251,7 @@ class Run:
             EspalierError: memory or disk did not suffice, or the training diverged.
         """
         try:
+            self._introduce()
             instantiate(self.cfg.task, _partial_=True)(self)
             return self.best_score
         except StoppedError:
@@ -269,6 +274,22 @@ class Run:
             for logger in self.__dict__.get("loggers", []):  # those that were built
                 logger.close()
 
+    def _introduce(self) -> None:
+        """Say which files this starts from, and what it does otherwise than before."""
+        for source in self.sources if self.task != "serve" else ():  # whose first line has the port
+            self.say(f"source: {source.said}")
+        if self.resumed is None:
+            return
+        self.say(f"resume: {self.resumed.said}")
+        changes = runs.changes(self.resumed.config, self.cfg)
+        if changes:
+            self.say(f"goes on, but is no longer the run it was: {', '.join(changes)}")
+        if self.resumed.content.get("has_stopped"):
+            self.say(
+                "its training had stopped by itself, so no more is trained; "
+                f"to train its network further: espalier train source={self.folder}"
+            )
+
     def fit(self) -> Path | None:
         """Train, then apply what works on a trained network; the checkpoint of the result, None where none is kept.
 
@@ -278,7 +299,7 @@ class Run:
         weights = None
         if self.task == "train" or len(late) < len(self.compressions):
             self.trainer.fit(self.learner, self.data, ckpt_path=self.resumed.path if self.resumed else None)
-            weights = self.best_checkpoint or self.learner.save_last()  # ended before its first validation
+            weights = self.best_checkpoint or self.last_checkpoint or self.learner.save_last()
         if not late and (weights or self.task == "train"):
             return weights
         if weights:
@@ -301,7 +322,14 @@ class Run:
     def best_checkpoint(self) -> Path | None:
         """The checkpoint that this run's training found best; None where it saved nothing."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        return Path(best) if best else None
+        return Path(best) if best and Path(best).is_file() else None
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint of its last step; None where it saved none."""
+        keeper = self.trainer.checkpoint_callback
+        has_any = isinstance(keeper, ModelCheckpoint) and keeper.save_last and self.trainer.global_step > 0
+        return Path(keeper.last_model_path) if has_any else None
 
     @property
     def best_score(self) -> float | None:

@@ -18,11 +18,14 @@ from espalier.errors import ConfigError
 LOGS = Path("logs")
 LAST = "last.ckpt"  # what a run resumes from
 PREVIOUS = "previous.ckpt"  # the one before it, should it be damaged
+BEST = "BEST"  # the file that names the best checkpoint beside it; in a list of names: that checkpoint
+UNRECORDED = "best.ckpt"  # what it is called where nothing names it
 RESUMED = (LAST, PREVIOUS)
 BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
 READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
+WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # knobs of the trainer that change no weight
 NETWORK = ("data", "model", "learner")  # what decides which weights fit
 
 
@@ -69,6 +72,14 @@ def bundle_in(path: Path) -> Path | None:
     return next((file.parent for file in (path / BUNDLE.name, path / BUNDLE) if file.is_file()), None)
 
 
+def best_in(checkpoints: Path) -> Path | None:
+    """The best checkpoint of a folder, as recorded when it was saved; None where none is known."""
+    record = checkpoints / BEST
+    named = record.read_text(encoding="utf-8").strip() if record.is_file() else UNRECORDED
+    inside = Path(named).name if Path(named).is_absolute() or ".." in Path(named).parts else named
+    return next((path for path in (checkpoints / inside, checkpoints / UNRECORDED) if path.is_file()), None)
+
+
 def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
     """The first of `names` among the checkpoints of a run folder; a file stands for itself.
 
@@ -77,10 +88,13 @@ def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
     """
     if path.is_file():
         return path
+    checkpoints = path / "checkpoints"
     for name in names:
-        if (path / "checkpoints" / name).exists():
-            return path / "checkpoints" / name
-    raise ConfigError(f"{key}={path}: holds no checkpoint ({' or '.join(f'checkpoints/{name}' for name in names)})")
+        found = best_in(checkpoints) if name == BEST else checkpoints / name
+        if found is not None and found.exists():
+            return found
+    known = " or ".join(f"checkpoints/{UNRECORDED if name == BEST else name}" for name in names)
+    raise ConfigError(f"{key}={path}: holds no checkpoint ({known})")
 
 
 def from_source(
@@ -132,7 +146,7 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
         group = {"strategy": "trainer"}.get(_group(word), _group(word))
         if word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
             _apply(result, word)
-        elif group in stored and group not in ("task", "resume", "requeue") and _plain(cfg[group]) != stored[group]:
+        elif group in stored and group not in ("task", "resume", "requeue") and _differs(cfg, stored, word, group):
             problems.append(
                 f"{word.input_line}: resume continues the run as it was configured and {group} differs; "
                 "drop it, or start a new run with source="
@@ -141,6 +155,32 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
         raise ConfigError(*problems)
     result.resume, result.requeue = cfg.resume, cfg.requeue
     return result
+
+
+def _differs(cfg: DictConfig, stored: Mapping[str, Any], word: Override, group: str) -> bool:
+    """Whether this word asks for something else than the run has: its whole group, or the one value it sets."""
+    if _plain(cfg[group]) == stored[group]:
+        return False
+    if "." not in word.key_or_group or word.is_delete():
+        return True
+    changed = OmegaConf.create(dict(stored))
+    _apply(changed, word)
+    return _plain(changed[group]) != stored[group]
+
+
+def changes(stored: Mapping[str, Any], cfg: DictConfig) -> list[str]:
+    """What a run that goes on does otherwise than before, such as `trainer.precision 32-true -> bf16-mixed`."""
+    before, now = stored["trainer"], _plain(cfg.trainer)
+    names = [name for name in {**before, **now} if name not in WITHOUT_EFFECT]
+    return [
+        f"trainer.{name} {_told(before.get(name))} -> {_told(now.get(name))}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _told(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _group(word: Override) -> str:

@@ -9,7 +9,7 @@ from types import FrameType
 
 from espalier.catalog import TRAINS
 from espalier.errors import EspalierError, StoppedError
-from espalier.learners.interrupt import SIGNALS
+from espalier.learners.interrupt import SIGNALS, heard, leave_terminal
 
 RETRY_SECONDS = 0.05  # while modules are imported: what is raised there leaves half of one, or is swallowed
 IMPORT_SECONDS = 1.0  # for an import to end; that of Lightning takes longer, and nothing is lost with it
@@ -39,7 +39,7 @@ def heeded(task: str) -> Iterator[None]:
     """Within, a signal ends the task at once and in one line.
 
     Raises:
-        StoppedError: SIGTERM, SIGUSR1 or SIGINT has come to a task that trains.
+        StoppedError: SIGTERM, SIGUSR1, SIGHUP or SIGINT has come to a task that trains.
         InterruptedByUserError: SIGINT has come to another task.
     """
     if task in HANDLES_SIGNALS:
@@ -59,6 +59,7 @@ def heeded(task: str) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        leave_terminal(number)
         if not timers:
             later(IMPORT_SECONDS if _is_importing(frame) else PATIENCE_SECONDS, _end_at_once, task, number)
         if _is_importing(frame):
@@ -67,7 +68,7 @@ def heeded(task: str) -> Iterator[None]:
         raise Signalled(number)
 
     try:
-        with handled(SIGNALS if task in TRAINS else (signal.SIGINT,), end):
+        with handled(heard() if task in TRAINS else (signal.SIGINT,), end):
             yield
     except Signalled as signalled:
         if task not in TRAINS:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from espalier.errors import ConfigError
-from espalier.runs import LAST, PREVIOUS
+from espalier.runs import BEST, LAST, PREVIOUS
 
 SUMS = "SHA256SUMS"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,6 +67,17 @@ class Folder:
             self._move_in(self.path / name, self.sums[source], keep)
         finally:
             draft.unlink(missing_ok=True)
+
+    def record_best(self, name: str | None) -> None:
+        """Write down which file is the best, all or nothing; None: there is none any more."""
+        record = self.path / BEST
+        if name is None:
+            record.unlink(missing_ok=True)
+        elif not record.is_file() or record.read_text(encoding="utf-8") != f"{name}\n":
+            with _draft(record).open("wb") as file:
+                file.write(f"{name}\n".encode())
+                _sync(file)
+            _draft(record).replace(record)
 
     def _move_in(self, target: Path, sha256: str, keep: str | None) -> None:
         """Rename the new file, with its hash on disk before and the new list in place after."""
@@ -128,6 +139,10 @@ class Mirror:
         """
         self.files.makedirs(self.root, exist_ok=True)
         there = f"{self.root}/{path.name}"
+        if not path.exists():  # there is no best any more
+            if self.files.exists(there):
+                self.files.rm(there)
+            return
         if path.name == LAST and self.files.exists(there):
             self.files.copy(there, f"{self.root}/{PREVIOUS}")
         for file in (path, path.with_name(SUMS)):

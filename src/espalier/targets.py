@@ -31,7 +31,7 @@ SUPPLIED: dict[str, frozenset[str]] = {
     "scheduler": frozenset({"optimizer", "step", "total_steps", "mode"}),
     "compression": frozenset({"spec", "seed", "samples", "loss", "latency_ms", "network"}),
     "callbacks": frozenset({"monitor", "mode", "dirpath"}),
-    "logger": frozenset({"folder", "run_name"}),
+    "logger": frozenset({"folder", "run_name", "resumed_step"}),
     "trainer": frozenset({"callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing"}),
     "task": frozenset({"run"}),
 }

@@ -20,12 +20,13 @@ Row = dict[str, str]
 class CsvLog(Logger):
     """Appends to `<folder>/metrics.csv`; metrics of the same step share a row.
 
-    Rows of an earlier process stay, up to the step at which this one first logs: what lies beyond was trained after
-    the checkpoint that this run resumed from, and will be logged again.
+    Rows of an earlier process stay, up to the step that this run resumed at, or without one that at which it first
+    logs: what lies beyond was trained after that checkpoint, and will be logged again.
     """
 
-    def __init__(self, folder: Path, run_name: str) -> None:
+    def __init__(self, folder: Path, run_name: str, resumed_step: int | None = None) -> None:
         super().__init__()
+        self.resumed_step = resumed_step
         self.folder = folder
         self.run_name = run_name
         self.file = folder / NAME
@@ -39,7 +40,7 @@ class CsvLog(Logger):
         """Keep the metrics for the row of `step`; the next `save` writes them."""
         at = step if step is not None else next(reversed(self.rows), 0)
         if not self.is_open:
-            self._open(at)
+            self._open(at if self.resumed_step is None else self.resumed_step)
         last = next(reversed(self.rows), at)
         is_saved = at in self.rows and len(self.rows) == self.num_saved
         row = self.rows.setdefault(at, {"step": str(at)})

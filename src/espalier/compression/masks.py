@@ -152,7 +152,7 @@ def forget_best(trainer: L.Trainer) -> None:
             continue
         if keeper.save_top_k > 0:
             for path in keeper.best_k_models:
-                trainer.strategy.remove_checkpoint(path)
+                keeper._remove_checkpoint(trainer, path)
         keeper.best_k_models = {}
         keeper.best_model_path = keeper.kth_best_model_path = ""
         keeper.best_model_score = None

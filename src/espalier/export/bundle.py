@@ -27,6 +27,11 @@ class Bundle:
     content: Mapping[str, Any]  # of bundle.json
 
     @property
+    def said(self) -> str:
+        """The folder, for the line that a user sees."""
+        return str(self.path)
+
+    @property
     def name(self) -> str:
         """What the network has been through, such as `prune_channels+qat`."""
         return str(self.content["name"])

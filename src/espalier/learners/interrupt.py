@@ -10,8 +10,27 @@ from types import FrameType
 from espalier.errors import EspalierError
 
 JOB = "SLURM_JOB_ID"  # set inside a job of SLURM
-NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")  # of schedulers that preempt, and of people
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
+NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")  # of schedulers that preempt, of a closed terminal, of people
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
+HANGUP = getattr(signal, "SIGHUP", None)
+
+
+def heard() -> tuple[int, ...]:
+    """The signals to listen to: all but a SIGHUP that `nohup` has this process ignore."""
+    return tuple(number for number in SIGNALS if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN)
+
+
+def leave_terminal(number: int) -> None:
+    """After a SIGHUP send output nowhere that went to a closed terminal, where each write would fail."""
+    if number != HANGUP:
+        return
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 class Interrupt:
@@ -19,6 +38,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.number = 0
+        self.was_pressed = False  # Ctrl-C
 
     @property
     def name(self) -> str:
@@ -26,15 +46,17 @@ class Interrupt:
 
     def listen(self) -> None:
         """Take the signals over from Lightning, which gives every one back when the training has ended."""
-        self.number = 0
+        self.number, self.was_pressed = 0, False
         if threading.current_thread() is threading.main_thread():  # others may not
-            for number in SIGNALS:
+            for number in heard():
                 signal.signal(number, self._keep)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
+        leave_terminal(number)
         if number == signal.SIGINT:
-            if self.number:
+            if self.was_pressed:
                 raise KeyboardInterrupt
+            self.was_pressed = True
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr)
         self.number = number

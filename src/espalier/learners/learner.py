@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils import clip_grads_with_norm_
@@ -21,6 +22,7 @@ from espalier.data.loaders import Batch
 from espalier.errors import ConfigError, StoppedError
 from espalier.learners.guard import Guard, gradient_norm
 from espalier.learners.interrupt import Interrupt
+from espalier.learners.position import ends_here, is_between_steps, require_validation, settle
 from espalier.optim.build import build_optimizer, build_scheduler
 from espalier.seeding import seed_step
 from espalier.spec import DataSpec
@@ -65,6 +67,7 @@ class Learner(L.LightningModule):
         self.guard = Guard()
         self.interrupt = Interrupt()
         self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
+        self.validation: dict[str, Any] | None = None  # the last one: step, what decides which is best, and all metrics
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":  # set forty times a step by Lightning; Module would search its parameters for it
@@ -115,6 +118,8 @@ class Learner(L.LightningModule):
         if not math.isfinite(total_steps):
             raise ConfigError("trainer.max_epochs=-1: a schedule needs an end; set trainer.max_steps as well")
         schedule = build_scheduler(self.scheduler_factory, optimizer, int(total_steps), self.monitor, self.mode)
+        is_plateau = isinstance(schedule["scheduler"], ReduceLROnPlateau)
+        require_validation(self.trainer, int(total_steps), "scheduler=plateau" if is_plateau else None)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_train_start(self) -> None:
@@ -124,6 +129,9 @@ class Learner(L.LightningModule):
         self.interrupt.listen()
         self._scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.on_train_epoch_start()  # Lightning skips that hook where a run resumes in mid-epoch
+        if self.validation:  # what callbacks look at when an epoch ends that has none of its own
+            last = {name: torch.tensor(value) for name, value in self.validation["metrics"].items()}
+            self.trainer._logger_connector._callback_metrics.update(last)
 
     def on_train_epoch_start(self) -> None:
         self._epoch, self._rank = self.current_epoch, self.global_rank
@@ -166,22 +174,20 @@ class Learner(L.LightningModule):
         """Raise `StoppedError` if a signal has come to any process, once a resumed run can go on from here."""
         if self.guard.is_alone and not self.interrupt.number:
             return
-        if self._is_between_steps() and not self.trainer.is_last_batch and self._is_asked_to_stop():
+        if is_between_steps(self.trainer) and not ends_here(self.trainer) and self._is_asked_to_stop():
             self._stop()
 
     def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Raise `StoppedError`, as after a step; the resumed run validates from the first batch on."""
         if self.guard.is_alone and not self.interrupt.number:
             return
-        if (self._is_between_steps() or self.trainer.is_last_batch) and self._is_asked_to_stop():
-            progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.reset()
-            progress.increment_ready()
-            progress.increment_started()  # and not done: where Lightning finds that, it validates again
+        if is_between_steps(self.trainer) and self._is_asked_to_stop():
             self._stop()
 
-    def _is_between_steps(self) -> bool:
-        return (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+    def on_train_end(self) -> None:
+        """Raise `StoppedError` if a signal came when nothing was left to train; the resumed run measures it."""
+        if (self.interrupt.number or not self.guard.is_alone) and self._is_asked_to_stop():
+            self._stop()
 
     def _is_asked_to_stop(self) -> bool:
         return self.trainer.strategy.reduce_boolean_decision(bool(self.interrupt.number), all=False)
@@ -202,6 +208,8 @@ class Learner(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         *sums, samples = self._total_train_sums().unbind()
+        if not samples:
+            return
         means = {f"train/{name}": value / samples for name, value in zip(self.train_statistics, sums, strict=True)}
         self.log_dict(means, logger=False)  # Lightning would hand them to loggers after the epoch's checkpoint
         values = {name: value.item() for name, value in means.items()}
@@ -216,12 +224,19 @@ class Learner(L.LightningModule):
         self.guard.settle()
         for logger in self.trainer.loggers:  # their rows reach the disk before what resumes after them
             logger.save()
+        settle(checkpoint, self.trainer)
+        checkpoint["is_between_steps"] = is_between_steps(self.trainer) or ends_here(self.trainer)
+        checkpoint["has_stopped"] = self.trainer.should_stop  # early, or by a limit of time
+        checkpoint["validation"] = self.validation
         checkpoint["guard"] = self.guard.state_dict()
         # Of the running epoch, a row for each rank, so that a resumed one reports whole, and adds in the same order.
         gathered: Any = self.all_gather(self.train_sums)
         checkpoint["train_sums"] = gathered.view(-1, len(self.train_sums))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.trainer.should_stop = bool(checkpoint.get("has_stopped"))
+            self.validation = checkpoint.get("validation")
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
         if "train_sums" in checkpoint:
@@ -245,14 +260,11 @@ class Learner(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
+        plain = {name: value.item() for name, value in self.measured["val"].items() if value.ndim == 0}
+        self.validation = {"step": self.global_step, "monitor": self.monitor, "metrics": plain}
         schedule = self.lr_schedulers()
         if isinstance(schedule, ReduceLROnPlateau):
             schedule.step(self.measured["val"][self.monitor])
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Leave the plateau out: Lightning would step it after the checkpoint, and in a resumed epoch not at all."""
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")

@@ -1,6 +1,7 @@
 """From the partial that a configuration describes to the optimizer of a model and to its schedule."""
 
 import inspect
+import sys
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal
@@ -49,7 +50,8 @@ def build_scheduler(
         ValueError: the schedule's settings contradict each other.
     """
     if factory.func is ReduceLROnPlateau:
-        return {"scheduler": factory(optimizer, mode=mode), "interval": "epoch", "monitor": monitor}
+        plateau = factory(optimizer, mode=mode)  # the learner steps it after a validation, Lightning never does
+        return {"scheduler": plateau, "interval": "epoch", "frequency": sys.maxsize, "monitor": monitor}
 
     schedule = partial(factory.func, **factory.keywords)  # Hydra's own partial checks each call, for 2 ms per step
 

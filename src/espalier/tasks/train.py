@@ -12,7 +12,10 @@ def train(run: Run) -> Report:
     run.record()
     weights = run.fit()
     metrics = run.measure("test", weights)
-    notes = [f"measured on {weights.name}"] if weights else ["no checkpoint was kept: callbacks has none"]
-    if run.best_score is not None:
-        notes = [f"{notes[0]}, which had {run.learner.monitor} {run.best_score:.4f}"]
+    if weights is None:
+        notes = ["no checkpoint was kept: callbacks has none"]
+    elif run.best_score is None:
+        notes = [f"measured on {weights.name}, as no validation chose a best"]
+    else:
+        notes = [f"measured on {weights.name}, which had {run.learner.monitor} {run.best_score:.4f}"]
     return run.publish([run.cost(weights) | run.speed() | {"metrics": metrics}], notes)

@@ -1,0 +1,137 @@
+"""Where a training stood when a checkpoint was written, and loops that go on from exactly there.
+
+Lightning guesses from counters what was going on. It leaves out a validation that was due, begins an epoch that had
+ended once more where `max_steps` is set, and never ends an epoch whose last step `max_steps` had reached. Here a
+checkpoint says what is done, so that what is not done is done, once.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loops import _Loop
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+from espalier.errors import ConfigError
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Lightning's, but a validation that a checkpoint owes takes place before anything else."""
+
+    @property
+    def owes_validation(self) -> bool:
+        """Whether this goes on from a checkpoint whose validation was due, or had begun."""
+        counts = self.val_loop.batch_progress.total
+        return self.restarting and (self.val_loop.restarted_mid_evaluation or counts.ready > counts.completed)
+
+    @property
+    def done(self) -> bool:
+        return not self.owes_validation and super().done
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        return self.owes_validation or super()._should_check_val_fx(data_fetcher)
+
+
+class FitLoop(_FitLoop):
+    """Lightning's, but what goes on from the end of an epoch begins the next one, and a begun epoch is ended."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        before = trainer.fit_loop
+        super().__init__(trainer, before.min_epochs, before.max_epochs)
+        self.epoch_loop: EpochLoop = EpochLoop(trainer, before.min_steps, before.max_steps)
+
+    @property
+    def restarting(self) -> bool:
+        return self._restarting
+
+    @restarting.setter
+    def restarting(self, restarting: bool) -> None:
+        epochs = self.epoch_progress.current
+        is_begun = epochs.ready != epochs.processed or epochs.started != epochs.processed
+        _Loop.restarting.fset(self, restarting and is_begun)  # type: ignore[attr-defined]
+
+    @property
+    def done(self) -> bool:
+        return not (self.restarting and self.epoch_loop.owes_validation) and super().done
+
+    def run(self) -> None:
+        super().run()
+        for counts in (self.epoch_progress.current, self.epoch_progress.total):
+            counts.completed = counts.processed  # also where nothing was left to do
+
+    def reset(self) -> None:
+        super().reset()
+        self.epoch_loop.val_loop.batch_progress.total.reset_on_restart()  # or the one owed would be counted twice
+
+
+def ends_here(trainer: L.Trainer) -> bool:
+    """Whether no further batch is trained on after the present one: its epoch ends, or the training."""
+    loop = trainer.fit_loop
+    is_at_limit = 0 <= loop.max_steps <= trainer.global_step
+    return trainer.is_last_batch or is_at_limit or (trainer.should_stop and loop._can_stop_early)
+
+
+def is_between_steps(trainer: L.Trainer) -> bool:
+    """Whether the optimizer step of the present batch is done; else gradients wait that no checkpoint holds."""
+    return trainer.is_last_batch or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def settle(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
+    """Say in a checkpoint that is about to be written what is done: this batch, and its validation if it is over."""
+    state, loop = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop
+    batches, clocked = state["epoch_loop.batch_progress"], trainer._val_check_time_interval is not None
+    seen = state["epoch_loop.val_loop.batch_progress"]
+    is_counted = 0  # as a step that was logged; Lightning counts it after the validation
+    if batches["current"]["processed"] > batches["current"]["completed"]:  # the hooks at its end are running
+        for counts in (batches["current"], batches["total"]):
+            counts["completed"] = counts["processed"]
+        if not clocked and trainer.fit_loop._data_fetcher and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            _owe(seen, begun=0)
+        else:
+            is_counted = not loop._should_accumulate()
+    elif trainer.validating and not 0 < seen["current"]["completed"] == seen["current"]["ready"]:
+        _owe(seen, begun=seen["current"]["completed"])
+    elif trainer.validating:
+        is_counted = clocked  # after others Lightning leaves out what comes before the next batch, except for the count
+    state["epoch_loop.state_dict"]["_batches_that_stepped"] += is_counted
+
+
+def _owe(seen: dict[str, Any], begun: int) -> None:
+    """Mark a validation as started and not done, with which Lightning validates from the first batch on."""
+    done = seen["total"]["completed"] - begun
+    seen["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+    seen["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    seen["is_last_batch"] = False
+
+
+def require_validation(trainer: L.Trainer, num_steps: int, follows: str | None) -> None:
+    """Raise `ConfigError` if no validation takes place in so many steps, and something `follows` what it measures."""
+    early = any(isinstance(each, EarlyStopping) and each.monitor.startswith("val/") for each in trainer.callbacks)  # type: ignore[attr-defined]
+    waiting = follows or ("callbacks.early_stopping" if early else None)
+    if waiting is None or _validates(trainer, num_steps):
+        return
+    why = f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} and {num_steps} steps in all"
+    why = why if trainer.limit_val_batches else "trainer.limit_val_batches=0"
+    raise ConfigError(f"{waiting}: follows the validation, and with {why} none takes place; validate, or drop it")
+
+
+def _validates(trainer: L.Trainer, num_steps: int) -> bool:
+    if not trainer.enable_validation:
+        return False
+    if trainer._val_check_time_interval is not None:  # by the clock
+        return True
+    num_batches, accumulated = int(trainer.fit_loop.max_batches), trainer.accumulate_grad_batches
+    num_epochs, rest = divmod(num_steps, math.ceil(num_batches / accumulated))
+    if trainer.check_val_every_n_epoch is None:
+        return num_epochs * num_batches + rest * accumulated >= trainer.val_check_batch
+    is_cut_short = num_epochs + 1 == trainer.check_val_every_n_epoch and rest * accumulated >= trainer.val_check_batch
+    return num_epochs >= trainer.check_val_every_n_epoch or is_cut_short
+
+
+def epochs_begun(checkpoint: Mapping[str, Any]) -> int:
+    """How many epochs the training that wrote this had begun; a whole one counts as well."""
+    counts = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return max(int(counts["ready"]), int(counts["processed"]))
