@@ -123,6 +123,7 @@ def _validates(trainer: L.Trainer, num_steps: int) -> bool:
         return False
     if trainer._val_check_time_interval is not None:  # by the clock
         return True
+    trainer.fit_loop.setup_data()  # where max_steps alone decides Lightning has not counted batches yet
     num_batches, accumulated = int(trainer.fit_loop.max_batches), trainer.accumulate_grad_batches
     num_epochs, rest = divmod(num_steps, math.ceil(num_batches / accumulated))
     if trainer.check_val_every_n_epoch is None:
