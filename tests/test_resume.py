@@ -225,6 +225,7 @@ def test_resume_after_kill_9_while_a_checkpoint_is_written_is_bit_equal(
         "best.ckpt",
         "last.ckpt",
         "previous.ckpt",
+        "BEST",
         "SHA256SUMS",
     }
 

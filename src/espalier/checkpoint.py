@@ -64,7 +64,7 @@ class Checkpoint:
             )
         for state in self._keepers():  # before version 0.2 the file did not say it
             for name, score in state["best_k_models"].items():
-                if Path(str(name)).name == self.path.name:
+                if Path(str(name)).name == self.path.name and isinstance(score, Tensor | float):
                     return str(state["monitor"]), float(score)
         return None
 

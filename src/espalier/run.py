@@ -328,8 +328,9 @@ class Run:
     def last_checkpoint(self) -> Path | None:
         """The checkpoint of its last step; None where it saved none."""
         keeper = self.trainer.checkpoint_callback
-        has_any = isinstance(keeper, ModelCheckpoint) and keeper.save_last and self.trainer.global_step > 0
-        return Path(keeper.last_model_path) if has_any else None
+        if isinstance(keeper, ModelCheckpoint) and keeper.save_last and self.trainer.global_step > 0:
+            return Path(keeper.last_model_path)
+        return None
 
     @property
     def best_score(self) -> float | None:

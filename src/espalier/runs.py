@@ -26,6 +26,7 @@ TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
 READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
 WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # knobs of the trainer that change no weight
+BUNDLED = ("experiment", "debug")  # groups that change others
 NETWORK = ("data", "model", "learner")  # what decides which weights fit
 
 
@@ -142,7 +143,8 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
     except OmegaConfBaseException as error:
         raise ConfigError(f"resume={cfg.resume}: its configuration is wrong: {str(error).splitlines()[0]}") from error
     problems = []
-    for word in parse(words):
+    overrides = parse(words)
+    for word in overrides:
         group = {"strategy": "trainer"}.get(_group(word), _group(word))
         if word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
             _apply(result, word)
@@ -151,6 +153,15 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
                 f"{word.input_line}: resume continues the run as it was configured and {group} differs; "
                 "drop it, or start a new run with source="
             )
+    own = ("seed", "optimizer", "scheduler", "compression", "callbacks", "logger", "trainer")
+    groups = own if stored.get("source") else (*NETWORK, *own)  # a source had the say about the others
+    differing = ", ".join(group for group in groups if _plain(cfg[group]) != _plain(result[group]))
+    problems += [
+        f"{word.input_line}: resume continues the run as it was configured and {differing} would differ; "
+        "drop it, or start a new run with source="
+        for word in overrides
+        if word.key_or_group in BUNDLED and differing
+    ]
     if problems:
         raise ConfigError(*problems)
     result.resume, result.requeue = cfg.resume, cfg.requeue

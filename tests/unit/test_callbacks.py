@@ -167,9 +167,10 @@ def test_the_last_checkpoint_is_the_file_of_the_best_where_they_are_the_same(tmp
     keeper = instantiate(node, dirpath=folder, monitor="val/loss", mode=mode, _convert_="all")
     trainer(tmp_path, keeper, max_epochs=3, plugins=[CheckpointIO({}, SPEC, [])]).fit(Net(), Batches(2), Batches(1))
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["SHA256SUMS", "best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert names == ["BEST", "SHA256SUMS", "best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert (folder / "BEST").read_text() == "best.ckpt\n"
     assert (folder / "best.ckpt").samefile(folder / "last.ckpt") == is_best
-    assert [saved(folder / name)["epoch"] for name in names[1:]] == [2 if is_best else 0, 2, 1]
+    assert [saved(folder / name)["epoch"] for name in names[2:]] == [2 if is_best else 0, 2, 1]
 
 
 # --- exponential moving average -----------------------------------------------------------------------------------

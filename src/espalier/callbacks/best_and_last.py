@@ -115,7 +115,7 @@ class BestAndLast(ModelCheckpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save within an epoch; at its end, and at that of the training, `on_train_epoch_end` comes next."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         if ends_here(trainer):
             self._has_metric = True
@@ -124,13 +124,13 @@ class BestAndLast(ModelCheckpoint):
             self._save(trainer, has_metric=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._is_due(trainer) and not trainer.fast_dev_run:
+        if self._is_due(trainer):
             self._save(trainer, has_metric=self._has_metric)
         self._has_metric = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Whatever is due when: the last checkpoint of a training is that of its last step."""
-        if self._position != _position(trainer) and not trainer.fast_dev_run:
+        if self._position != _position(trainer):
             self._save(trainer, has_metric=False)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
@@ -243,4 +243,5 @@ class BestAndLast(ModelCheckpoint):
 
 
 def _position(trainer: L.Trainer) -> tuple[int, int]:
-    return trainer.global_step, trainer.fit_loop.epoch_progress.total.processed
+    epochs: Any = trainer.fit_loop.epoch_progress.total
+    return trainer.global_step, epochs.processed

@@ -11,8 +11,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loops import _Loop
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from espalier.errors import ConfigError
@@ -49,7 +49,7 @@ class FitLoop(_FitLoop):
 
     @restarting.setter
     def restarting(self, restarting: bool) -> None:
-        epochs = self.epoch_progress.current
+        epochs: Any = self.epoch_progress.current
         is_begun = epochs.ready != epochs.processed or epochs.started != epochs.processed
         _Loop.restarting.fset(self, restarting and is_begun)  # type: ignore[attr-defined]
 
@@ -59,6 +59,7 @@ class FitLoop(_FitLoop):
 
     def run(self) -> None:
         super().run()
+        counts: Any
         for counts in (self.epoch_progress.current, self.epoch_progress.total):
             counts.completed = counts.processed  # also where nothing was left to do
 
@@ -82,7 +83,7 @@ def is_between_steps(trainer: L.Trainer) -> bool:
 def settle(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     """Say in a checkpoint that is about to be written what is done: this batch, and its validation if it is over."""
     state, loop = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop
-    batches, clocked = state["epoch_loop.batch_progress"], trainer._val_check_time_interval is not None
+    batches, clocked = state["epoch_loop.batch_progress"], _is_clocked(trainer)
     seen = state["epoch_loop.val_loop.batch_progress"]
     is_counted = 0  # as a step that was logged; Lightning counts it after the validation
     if batches["current"]["processed"] > batches["current"]["completed"]:  # the hooks at its end are running
@@ -121,15 +122,21 @@ def require_validation(trainer: L.Trainer, num_steps: int, follows: str | None) 
 def _validates(trainer: L.Trainer, num_steps: int) -> bool:
     if not trainer.enable_validation:
         return False
-    if trainer._val_check_time_interval is not None:  # by the clock
+    if _is_clocked(trainer):
         return True
     trainer.fit_loop.setup_data()  # where max_steps alone decides Lightning has not counted batches yet
     num_batches, accumulated = int(trainer.fit_loop.max_batches), trainer.accumulate_grad_batches
     num_epochs, rest = divmod(num_steps, math.ceil(num_batches / accumulated))
+    needed = trainer.val_check_batch or 1
     if trainer.check_val_every_n_epoch is None:
-        return num_epochs * num_batches + rest * accumulated >= trainer.val_check_batch
-    is_cut_short = num_epochs + 1 == trainer.check_val_every_n_epoch and rest * accumulated >= trainer.val_check_batch
+        return num_epochs * num_batches + rest * accumulated >= needed
+    is_cut_short = num_epochs + 1 == trainer.check_val_every_n_epoch and rest * accumulated >= needed
     return num_epochs >= trainer.check_val_every_n_epoch or is_cut_short
+
+
+def _is_clocked(trainer: Any) -> bool:
+    """Whether validations come by the clock; nobody can say which batch has the next one."""
+    return trainer._val_check_time_interval is not None
 
 
 def epochs_begun(checkpoint: Mapping[str, Any]) -> int:
