@@ -140,6 +140,11 @@ def started(words: Sequence[str], output: Path, stop: Stop | None, seconds: floa
     return code
 
 
+def end_with_parent() -> None:
+    """See to it that this process does not outlive the one that forked it."""
+    ctypes.CDLL(None).prctl(launch.PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def passed(output: Path) -> Counter[str]:
     """How often a run passed each place."""
     file = output.with_suffix(".json")
@@ -199,7 +204,7 @@ def _child(words: Sequence[str], environment: Mapping[str, str], output: Path | 
     code = 1
     try:
         os.setsid()
-        ctypes.CDLL(None).prctl(launch.PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.environ.update(environment)

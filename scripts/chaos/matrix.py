@@ -147,6 +147,7 @@ def tried(folder: Path, seed: int, indices: range, jobs: int, seconds: float) ->
 
 def _be_case(folder: Path, seed: int, index: int) -> None:
     os.setpgid(0, 0)
+    forked.end_with_parent()
     outcome, started = Outcome(), time.monotonic()
     try:
         case_folder = folder / f"{seed}_{index}"
