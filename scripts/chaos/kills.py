@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from compared import shown
 from sklearn.datasets import load_digits
 from training import Training, differences
 
@@ -112,7 +113,7 @@ def main() -> None:
     finish(broken)
     again = len(broken.lines()) - num_batches
     if different := differences(broken, unbroken):
-        sys.exit(f"FAILED: not equal after {chosen.kills} kills: {', '.join(different)}; see {folder}")
+        sys.exit(f"FAILED: not equal after {chosen.kills} kills: {shown(different)}; see {folder}")
     shutil.rmtree(folder)
     print(
         f"{chosen.recipe}: {chosen.kills} of {chosen.kills} resumes; {num_batches} batches, {again} done again, "

@@ -3,8 +3,6 @@
 Linux only: processes are found by a mark in their environment.
 """
 
-import csv
-import json
 import os
 import signal
 import subprocess
@@ -14,11 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-CLOCKS = {"samples_per_second", "data_wait_share"}
-EXACT = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step", "guard", "train_sums", "espalier")
+import compared
 
 
 class Training:
@@ -108,17 +102,7 @@ class Training:
 
     def checkpoint(self, name: str = "last") -> dict[str, Any]:
         """What is in it."""
-        return torch.load(self.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
-
-    def rows(self) -> list[dict[str, str]]:
-        """`metrics.csv` without clocks."""
-        with (self.folder / "metrics.csv").open() as file:
-            return [{name: text for name, text in row.items() if name not in CLOCKS} for row in csv.DictReader(file)]
-
-    def measured(self) -> list[Any]:
-        """What the report says of each network, without clocks."""
-        rows = json.loads((self.folder / "report.json").read_text())["rows"]
-        return [{key: row.get(key) for key in ("name", "metrics", "params", "nonzero")} for row in rows]
+        return compared.checkpoint(self.folder, f"{name}.ckpt")
 
     def last_line(self) -> str:
         """Of what the last start printed."""
@@ -126,20 +110,5 @@ class Training:
 
 
 def differences(one: Training, other: Training) -> list[str]:
-    """What is not equal to the last bit: tensors and numbers of both checkpoints, trace, metrics, report."""
-    found = [name for name in ("steps", "rows", "measured") if getattr(one, name)() != getattr(other, name)()]
-    for name in ("last", "best"):
-        now, then = (_tensors({key: each.checkpoint(name).get(key) for key in EXACT}) for each in (one, other))
-        same = {path for path in now.keys() & then.keys() if torch.equal(now[path], then[path])}
-        found += [f"{name}{path}" for path in sorted((now.keys() | then.keys()) - same)]
-    return found
-
-
-def _tensors(node: Any, where: str = "") -> dict[str, Tensor]:
-    """Every tensor and number of a nested checkpoint by its path."""
-    if isinstance(node, Tensor):
-        return {where: node}
-    if isinstance(node, int | float):
-        return {where: torch.tensor(node)}
-    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    return {path: value for key, child in pairs for path, value in _tensors(child, f"{where}/{key}").items()}
+    """What is not equal to the last bit: the trace, checkpoints, metrics, report."""
+    return [*(["steps"] if one.steps() != other.steps() else []), *compared.differences(one.folder, other.folder)]

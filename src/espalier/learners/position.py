@@ -83,6 +83,11 @@ def is_between_steps(trainer: L.Trainer) -> bool:
 def settle(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     """Say in a checkpoint that is about to be written what is done: this batch, and its validation if it is over."""
     state, loop = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop
+    epochs = state["epoch_progress"]
+    if 0 < epochs["current"]["ready"] == epochs["current"]["completed"]:  # after the end of an epoch as at its end
+        checkpoint["epoch"] -= 1
+        for counts in epochs.values():
+            counts["completed"] -= 1
     batches, clocked = state["epoch_loop.batch_progress"], _is_clocked(trainer)
     seen = state["epoch_loop.val_loop.batch_progress"]
     is_counted = 0  # as a step that was logged; Lightning counts it after the validation
@@ -124,6 +129,7 @@ def _validates(trainer: L.Trainer, num_steps: int) -> bool:
         return False
     if _is_clocked(trainer):
         return True
+    trainer.fit_loop.setup_data()  # where max_steps alone decides Lightning has not counted batches yet
     num_batches, accumulated = int(trainer.fit_loop.max_batches), trainer.accumulate_grad_batches
     num_epochs, rest = divmod(num_steps, math.ceil(num_batches / accumulated))
     needed = trainer.val_check_batch or 1
