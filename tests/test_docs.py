@@ -108,7 +108,7 @@ def options(*words: str) -> DictConfig:
 
 
 def composed(*words: str) -> DictConfig:
-    """As Hydra does it: options first, then values of keys that exist; several RUNs are one word, folders have quotes."""
+    """As Hydra does it: options first, then values of keys that exist; RUNs are one word, folders have quotes."""
     words = tuple(re.sub("^source=(.*,.*)", r"source='\1'", word) for word in words)
     words = tuple(config.folder_word(*word.split("=", 1)) if word.startswith(cli.FOLDERS) else word for word in words)
     values = [
