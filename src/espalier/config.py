@@ -185,7 +185,7 @@ def _malformed(text: str) -> str:
         parsed = OverridesParser.create().parse_override(f"{key}={quoted(value)}") if equals else None
     except HydraException:
         parsed = None
-    hint = f"; if {value} is a text, quote it: {typed(key, value)}" if parsed else ""
+    hint = f"; if {value} is a text, quote it: {shlex.quote(f'{key}={quoted(value)}')}" if parsed else ""
     return f"{text}: not of the form KEY=VALUE{hint}"
 
 
