@@ -1,6 +1,7 @@
 # The server of an exported bundle: ONNX Runtime and HTTP, no torch. From the root of the repository:
 #   docker build -f scripts/serve.Dockerfile --build-context bundle=logs/export/RUN/export -t digits .
 #   docker run --rm -p 127.0.0.1:8000:8000 digits
+# It may be asked by localhost and by any address; by a name if it is told: ... digits --hosts digits.example.org
 # Knobs of conf/task/serve.yaml go behind the name of the image: docker run ... digits --workers 2 --max-batch 64
 FROM python:3.11-slim
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,41 @@ def test_a_link_is_no_file_of_a_bundle(folder: Path, tmp_path: Path):
     (folder / "model.onnx").rename(tmp_path / "elsewhere")
     (folder / "model.onnx").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=r"model\.onnx is missing"):
+        bundle.read("source", folder)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", ".weights", "README.md"])
+def test_a_file_that_is_not_listed_is_refused_by_name(folder: Path, name: str):
+    (folder / name).write_bytes(b"external data of the network")
+    with pytest.raises(ConfigError, match=rf"'{name}' is no file of the bundle.*move it away"):
+        bundle.read("source", folder)
+
+
+def test_the_description_is_no_link_and_no_pipe(folder: Path, tmp_path: Path):
+    (folder / "bundle.json").rename(tmp_path / "elsewhere")
+    (folder / "bundle.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"bundle\.json is missing or damaged"):
+        bundle.read("source", folder)
+    (folder / "bundle.json").unlink()
+    os.mkfifo(folder / "bundle.json")
+    with pytest.raises(ConfigError, match=r"bundle\.json is missing or damaged"):
+        bundle.read("source", folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"formats": {"onnx": {"files": []}}},
+        {"formats": {"onnx": {"files": "model.onnx"}}},
+        {"files": {"model.onnx": "no digest"}},
+        {"sample_by_sample": "no"},
+        {"data": []},
+        {"versions": float("nan")},
+    ],
+)
+def test_a_description_of_other_types_is_one_line(folder: Path, values: dict):
+    change(folder, **values)
+    with pytest.raises(ConfigError, match=r"bundle\.json is missing or damaged"):
         bundle.read("source", folder)
 
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -16,20 +17,22 @@ import numpy as np
 import pytest
 import uvicorn
 from omegaconf import OmegaConf
+from onnx import helper
 from PIL import Image
 
 from espalier import catalog
 from espalier.errors import ConfigError
-from espalier.serving import inputs, occlusion
+from espalier.serving import inputs, occlusion, predictor
 from espalier.serving.app import App, Row
 from espalier.serving.batcher import Batcher
 from espalier.serving.errors import ClientGoneError, RequestError
+from espalier.serving.hosts import Hosts, require_names
 from espalier.serving.patience import patiently
 from espalier.serving.predictor import Predictor
 from espalier.serving.protocol import Protocol
 from espalier.serving.settings import Settings
 from espalier.spec import DataSpec
-from served import linear_bundle
+from served import bundle_of, endless_bundle, linear_bundle
 
 PICTURE = DataSpec("pictures", (1, 2, 2), scale=16.0, mean=(0.5,), std=(0.25,), class_names=("no", "yes"))
 TABLE = DataSpec("table", (3,), scale=1.0, mean=(1.0, 2.0, 3.0), std=(1.0, 2.0, 1.0), target_mean=10.0, target_std=2.0)
@@ -75,6 +78,74 @@ def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:
         Predictor(folder, threads=1)
 
 
+def changed(folder: Path, **values: object) -> Path:
+    """The bundle with other values in its spec."""
+    content = json.loads((folder / "bundle.json").read_text())
+    content["data"] |= values
+    (folder / "bundle.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"class_names": ["no", "yes", "more"]}, r"'logits' is .*\(batch, 3\)|answers a batch of 1 with \(1, 2\)"),
+        ({"class_names": ["no", "no"]}, "two classes have the name 'no'"),
+        ({"class_names": ["no", "\ud800"]}, "its description is wrong"),
+        ({"class_names": [1, 2]}, "spec.class_names: no such value"),
+        ({"class_names": "no"}, "spec.class_names: no such value"),
+        ({"shape": [1, -2, 2]}, r"spec.shape: \(1, -2, 2\) is no shape"),
+        ({"shape": [1, 2, 3]}, r"'input' is tensor\(float\) of .*the data has \(batch, 1, 2, 3\)"),
+        ({"shape": []}, r"spec.shape: \(\) is no shape"),
+        ({"shape": [10**6, 10**6, 10**6]}, "is no shape"),
+        ({"mean": [0.5, 0.5]}, "spec.mean: 2 values for 1 channels"),
+        ({"std": [0.0]}, "must be above 0"),
+        ({"std": [1e-60]}, "must be above 0"),
+        ({"scale": 0}, "must be above 0"),
+        ({"mean": [1e300]}, "beyond 32 bits"),
+        ({"scale": 10**400}, "its description is wrong"),
+    ],
+)
+def test_a_bundle_that_cannot_answer_is_refused_in_one_line(tmp_path: Path, values: dict, told: str) -> None:
+    folder = changed(linear_bundle(tmp_path, PICTURE, np.zeros((4, 2))), **values)
+    with pytest.raises(ConfigError, match=told) as refused:
+        Predictor(folder, threads=1)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("node", "names", "told"),
+    [
+        (("Identity", ["x"], ["logits"]), ("x", "logits"), "it has 'x' in place of 'input'"),
+        (("Identity", ["input"], ["y"]), ("input", "y"), "it has 'y' in place of 'logits'"),
+        (("Identity", ["input"], ["logits"]), ("input", "logits"), r"'logits' is .*, the data has \(batch, 1\)"),
+        (
+            ("Log", ["sum"], ["logits"]),
+            ("input", "logits"),
+            "its answer to the mean of the training data is not finite",
+        ),
+        (("Reshape", ["sum", "one"], ["logits"]), ("input", "logits"), "it does not answer a batch of 2: "),
+    ],
+)
+def test_a_network_that_cannot_be_asked_is_refused(tmp_path: Path, node: tuple, names: tuple, told: str) -> None:
+    total = helper.make_node("ReduceSum", [names[0], "side"], ["sum"], keepdims=1)
+    values = {"side": np.array([1]), "one": np.array([1, 1])}
+    folder = bundle_of(tmp_path, TABLE, [total, helper.make_node(*node)], values, names=names)
+    with pytest.raises(ConfigError, match=f"the network cannot be served: {told}") as refused:
+        Predictor(folder, threads=1)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_network_that_never_ends_is_refused_when_its_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor, "FIRST_S", 0.5)
+    folder = endless_bundle(tmp_path, PICTURE)  # which answers the mean
+    monkeypatch.setattr(predictor, "normalise", lambda spec, raw: np.ones_like(raw))
+    with pytest.raises(ConfigError, match=r"it has not answered a sample within 0\.5 s"):
+        Predictor(folder, threads=1, time_limit_s=0.5)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "told"),
     [
@@ -94,14 +165,32 @@ def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:
         (b'{"inputs": [[[[1, 2], [3, null]]]]}', 422, "no number"),
         (b'{"inputs": [[[[true, true], [true, true]]]]}', 422, "no number"),
         (b'{"inputs": [[[[1, 2], [3, 1e39]]]]}', 422, "a number is beyond 3.4e+38"),
+        (b'{"inputs": [[[[1, 2], [3, true]]]]}', 422, "inputs[0]: something that is no number"),
+        (b'{"inputs": [[["' + b"a" * 99_000 + b'"' + b',""' * 9_000 + b"]]]}", 422, "inputs[0]: shape [1, 9001]"),
+        (b'{"inputs": [[[[1, 2], [3, "' + b"a" * 99_000 + b'"]]]]}', 422, "inputs[0]: something that is no number"),
+        (b'{"inputs": [[[[1, 2], [3, ' + b"9" * 400 + b"]]]]}", 400, "not JSON"),
+        (b'{"inputs": [[[[1, 2], [3, 18446744073709551615]]], [[[1, 2], 3]]]}', 422, "inputs[1]: rows of different"),
         (b'{"inputs": ' + b"[" * 500 + b"]" * 500 + b"}", 422, "nested too deep"),
     ],
 )
 def test_what_is_no_sample_is_told_in_a_sentence(body: bytes, status: int, told: str) -> None:
+    tracemalloc.start()
     with pytest.raises(RequestError) as refused:
         inputs.arrays(PICTURE, inputs.from_json(body))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000  # numpy would make 900 MB of strings
+    tracemalloc.stop()
     assert refused.value.status == status
     assert told in refused.value.message
+
+
+def test_a_body_of_more_parts_than_its_samples_have_is_refused_before_it_is_parsed() -> None:
+    whole = json.dumps({"inputs": [[[[0, 1], [2, 3]]]] * 8}).encode()
+    inputs.require_parts(PICTURE, whole, most=8)
+    files = json.dumps({"inputs": [{"image": "aGVsbG8="}] * 8}).encode()
+    inputs.require_parts(PICTURE, files, most=8)
+    for body in (b'{"inputs": [%s[]]}' % (b"[]," * 50), b'{"inputs": [%s0]}' % (b"0," * 100), b"[" * 100):
+        with pytest.raises(RequestError, match=r"more parts than 8 samples of shape \[1, 2, 2\]"):
+            inputs.require_parts(PICTURE, body, most=8)
 
 
 def test_a_picture_in_base64_is_the_array_that_it_shows() -> None:
@@ -269,6 +358,68 @@ def test_an_error_of_the_network_reaches_its_requests_and_the_next_one_is_answer
         batcher.stop()
 
     asyncio.run(run())
+
+
+def test_a_waiter_that_raises_takes_nothing_from_the_others_of_its_batch() -> None:
+    class Raising:
+        def done(self) -> bool:
+            return False
+
+        def set_result(self, rows: list[float]) -> None:
+            raise ValueError("cannot be delivered")
+
+        set_exception = set_result
+
+    async def run() -> list[float]:
+        batcher = Batcher(held, max_batch=4, queue=8, observe=lambda size: None)
+        batcher.enqueue(sample(1), Raising())
+        row = batcher.submit(sample(2))
+        held.go.set()
+        rows = await asyncio.wait_for(row, 10)
+        batcher.stop()
+        return rows
+
+    held = Held()
+    assert asyncio.run(run()) == [4.0]
+    assert held.sizes == [2]
+
+
+def test_requests_of_several_batches_hold_no_more_than_twice_the_queue() -> None:
+    async def run() -> None:
+        batcher = Batcher(held, max_batch=2, queue=4, observe=lambda size: None)
+        long = [batcher.rows(np.zeros((4, 1), dtype=np.float32)) for _ in range(2)]
+        with pytest.raises(RequestError, match="overloaded: 8 samples of long requests wait"):
+            batcher.rows(np.zeros((3, 1), dtype=np.float32))
+        held.go.set()
+        await asyncio.gather(*long)
+        assert len(await batcher.rows(np.zeros((9, 1), dtype=np.float32))) == 9
+        batcher.stop()
+
+    held = Held()
+    asyncio.run(run())
+
+
+def test_names_of_hosts_are_judged_with_any_port_and_addresses_alone_where_all_are_listened_on() -> None:
+    def status(host: bytes, bound: str = "127.0.0.1", allowed: tuple[str, ...] = ()) -> int:
+        problem = Hosts(bound, allowed).problem("1.1", b"/", [(b"host", host)])
+        return problem[0] if problem else 200
+
+    assert [status(host) for host in (b"localhost:1", b"LOCALHOST", b"localhost.", b"127.0.0.1:80", b"[::1]")] == [
+        200
+    ] * 5
+    assert [status(host) for host in (b"evil.example", b"", b"localhost:a", b"10.0.0.1", b"[::2]", b"a@localhost")] == [
+        421
+    ] * 6
+    assert [status(b"10.0.0.1", bound) for bound in ("0.0.0.0", "::", "10.0.0.1", "192.0.2.1")] == [200, 200, 200, 421]
+    assert [status(b"evil.example", "0.0.0.0"), status(b"[fe80::1]:8", "0.0.0.0")] == [421, 200]
+    assert [status(b"a.example:80", allowed=("A.example",)), status(b"any", allowed=("*",))] == [200, 200]
+
+
+@pytest.mark.parametrize("name", ["http://a.example", "a.example:80", "", "a b", "[::1]:80"])
+def test_a_name_of_a_host_has_no_scheme_and_no_port(name: str) -> None:
+    with pytest.raises(ConfigError, match="no name of a host"):
+        require_names([name])
+    require_names(["a.example", "[::1]", "*"])
 
 
 def test_an_answer_that_takes_longer_than_its_limit_ends_with_504() -> None:

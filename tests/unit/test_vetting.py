@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from espalier.errors import ConfigError
-from espalier.export import torch_export
+from espalier.export import torch_export, vetting
 from espalier.export.vetting import require_harmless
 from espalier.models.mlp import MLP
 
@@ -190,3 +191,11 @@ def test_nothing_but_operators_on_tensors_is_called(honest: Path, tmp_path: Path
 
     with pytest.raises(ConfigError, match=re.escape(f"calls '{target}', which is no operator on tensors")):
         require_harmless(altered(honest, tmp_path / "model.pt2", in_json(PROGRAM, change)))
+
+
+@pytest.mark.parametrize("text", ["1", "s1", "s11", "Mod1", "'s1'", "positive=True"])
+def test_a_long_text_in_place_of_a_size_is_judged_in_time(text: str):
+    began = time.perf_counter()
+    assert not vetting.SIZE.fullmatch(text * 1000 + "!")
+    assert time.perf_counter() - began < 5  # each digit doubled it: years
+    assert vetting.SIZE.fullmatch("Mul(Integer(4), Symbol('s77', positive=True, integer=True)) + s0*12")
