@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from conftest import command, launch
+from espalier.errors import EspalierError
+from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
 from ranks import ranks
 from test_resume import assert_same
@@ -149,6 +151,22 @@ def test_slurm_is_asked_for_another_turn_and_the_same_command_goes_on(tmp_path: 
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
     assert launch(tmp_path, "espalier.cli", "train", *words, **job).returncode == 0
     assert_same(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("exit 1", "exit code 1"), ("echo no such job >&2; exit 1", "no such job"), ("echo busy; exit 3", "busy")],
+)
+def test_a_scheduler_that_refuses_to_start_the_job_again_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\n{script}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(EspalierError, match=f"scontrol requeue 17: {reason}; what was trained is saved"):
+        requeue()
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path):

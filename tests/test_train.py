@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from functools import partialmethod
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from conftest import QUICK, Command, Outcome, command
+from espalier.data.digits import Digits
+from espalier.models.mlp import MLP
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")  # epochs are short here
 
@@ -177,3 +181,59 @@ def test_debug_fast_runs_three_batches_of_everything(espalier: Command):
     assert done.code == 0, done.err
     assert content(done.run)["global_step"] == 3
     assert not (done.run / "wandb").exists()
+
+
+def test_what_will_be_trained_is_said_before_it_is(espalier: Command):
+    done = espalier("train", "model=mlp", "model.hidden=[8]", "trainer.max_epochs=2", *QUICK)
+    first, second, third, *_ = done.out.splitlines()
+    assert first == f"train mlp on digits, seed 0: {done.run.relative_to(done.folder)}"
+    assert second == (
+        "cpu, 1 thread; digits: 1151 training, 287 validation and 359 test samples of 1 x 8 x 8, 10 classes; "
+        "17 steps per epoch, 34 in all, batch size 64"
+    )
+    assert third == (
+        "each epoch leaves out 63 of 1151 training samples (5.5 %), others each time, as whole batches are 64; "
+        "data.batch_size=63 leaves out 17"
+    )
+
+
+def test_the_first_line_comes_before_torch_is_imported(tmp_path: Path):
+    program = "import sys; sys.modules['torch'] = None; from espalier import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", program, "train"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout.startswith("train resnet on digits, seed 0: logs/train/")
+
+
+def test_a_network_in_16_bits_is_trained_and_reported_as_it_answers(espalier: Command):
+    words = ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "callbacks=[checkpoint,summary,ema]")
+    done = espalier("train", *words, "trainer.precision=bf16-true", "logger=[csv]")
+    assert done.code == 0, done.err
+    stored = content(done.run, "best")
+    assert {tensor.dtype for tensor in stored["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
+    assert {tensor.dtype for tensor in stored["ema"]["raw"].values()} == {torch.bfloat16}
+    knobs = {name: value for name, value in stored["espalier"]["config"]["model"].items() if name != "_target_"}
+    model = MLP((1, 8, 8), 10, **knobs).bfloat16().eval()
+    model.load_state_dict({name.removeprefix("model."): value for name, value in stored["state_dict"].items()})
+    whole = next(iter(Digits(batch_size=64, seed=0, augment={}).loader("test", 1000)))
+    expected = torch.nn.functional.cross_entropy(model(whole.x.bfloat16()).float(), whole.y)
+    assert row(done.run)["metrics"]["test/loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_early_stopping_can_watch_another_metric(espalier: Command):
+    words = ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=4", "callbacks=[checkpoint,early_stopping]")
+    stop = ("callbacks.early_stopping.monitor=val/loss", "callbacks.early_stopping.min_delta=9")  # never so much better
+    done = espalier("train", *words, *stop, "callbacks.early_stopping.patience=1", "logger=[csv]")
+    assert done.code == 0, done.err
+    last = content(done.run)
+    assert last["epoch"] == 1  # the second: it needs the first to compare with
+    [state] = [state for name, state in last["callbacks"].items() if name.startswith("EarlyStopping")]
+    assert float(state["best_score"]) < 2.4  # a loss, and smaller is better
+
+
+def test_a_profile_lies_in_the_run_folder(espalier: Command):
+    words = ("model=mlp", "model.hidden=[8]", "trainer.limit_train_batches=2", "trainer.max_epochs=1", *QUICK)
+    done = espalier("train", *words, "trainer.profiler=simple")
+    assert done.code == 0, done.err
+    profile = done.run / "fit-profile.txt"
+    assert "optimizer_step" in profile.read_text()
+    assert f"profile: {profile}" in done.out.splitlines()

@@ -103,6 +103,29 @@ WRONG = {
         "GradientAccumulationScheduler",
         "trainer.accumulate_grad_batches",
     ),
+    "no epoch": (["trainer.max_epochs=0"], "trainer.max_epochs=0", "espalier evaluate source=RUN"),
+    "no end": (["trainer.max_epochs=-1"], "trainer.max_epochs=-1", "trainer.max_steps"),
+    "no test": (["trainer.limit_test_batches=0"], "trainer.limit_test_batches=0", "say 1"),
+    "share of no batch": (["trainer.limit_train_batches=0.0001"], "trainer.limit_train_batches=0.0001", "17 batches"),
+    "validation after the epoch": (
+        ["+trainer.val_check_interval=1000"],
+        "trainer.val_check_interval=1000",
+        "at most 17",
+    ),
+    "float16 on a CPU": (["strategy=cpu", "trainer.precision=16-true"], "trainer.precision=16-true", "bf16-true"),
+    "precision that is not installed": (["trainer.precision=transformer-engine"], "trainer", "transformer_engine"),
+    "unknown profiler": (["trainer.profiler=fast"], "trainer.profiler=fast", "simple, advanced, pytorch"),
+    "metric that is not measured": (
+        ["callbacks=[checkpoint,early_stopping]", "callbacks.early_stopping.monitor=val/los"],
+        "callbacks.early_stopping.monitor=val/los",
+        "did you mean val/loss?",
+    ),
+    "best by another metric": (
+        ["+callbacks.checkpoint.monitor=val/loss"],
+        "callbacks.checkpoint.monitor",
+        "cannot be set",
+    ),
+    "more than memory": (["model=mlp", "model.hidden=[2000000000,2000000000]"], "model", "does not fit into memory"),
     "several values without -m": (["seed=0,1"], "seed=0,1", "-m"),
     "interval": (["-m", "optimizer.lr=interval(0.1,0.2)"], "optimizer.lr=interval(0.1,0.2)", "list them"),
     "pattern without a match": (["-m", "model=glob(x*)"], "model=glob(x*)", "resnet"),
@@ -156,6 +179,25 @@ def test_a_missing_extra_is_named(espalier: Command, monkeypatch: pytest.MonkeyP
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert "mlflow" in done.err
     assert "[track]" in done.err
+
+
+def test_a_mode_that_wandb_does_not_know_is_answered_by_its_name(espalier: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    done = espalier("train", "model=mlp", "logger=[csv,wandb]")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "WANDB_MODE=offlin: no such mode of W&B; it is one of online, offline, disabled" in done.err
+
+
+def test_what_is_refused_once_the_data_are_known_leaves_no_folder(espalier: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert espalier("train", "model=mlp", "trainer.limit_val_batches=0.0001", "logger=[csv,wandb]").code == 2
+    assert list(Path().glob("logs/*/*")) == []
+
+
+def test_evaluate_refuses_a_share_of_no_batch(espalier: Command, trained: Path):
+    done = espalier("evaluate", f"source={trained}", "trainer.limit_test_batches=0.0001", "task.split=val", *QUICK)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "trainer.limit_test_batches=0.0001: of 5 batches this is none" in done.err
 
 
 def test_only_training_resumes(espalier: Command, trained: Path):

@@ -13,6 +13,7 @@ FLAGS = """\
   -m, --multirun   one run per combination of the values in KEY=a,b,c
   --cfg job        print the composed configuration and stop
   --traceback      show where an error came from
+  --version        print the versions of this program, of torch and of Lightning
   --help GROUP     the options of one group, a line each
   -sc install=bash print the shell code for tab completion: eval "$(espalier -sc install=bash)\""""
 
