@@ -223,6 +223,19 @@ def test_without_a_record_the_last_checkpoint_says_which_is_the_best(espalier: C
     assert "/last.ckpt, val/accuracy 0." in done.out.splitlines()[0]
 
 
+def test_a_checkpoint_that_names_files_elsewhere_as_replaced_is_refused(espalier: Command, top: Path, tmp_path: Path):
+    run = Path(shutil.copytree(top, tmp_path / "run"))
+    (run / "checkpoints" / "SHA256SUMS").unlink()
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    [keeper] = [state for name, state in content["callbacks"].items() if name.startswith("BestAndLast")]
+    keeper["replaced"] = ["../../precious"]
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    (run / "checkpoints" / "previous.ckpt").unlink()
+    refused = espalier("train", f"resume={run}", "trainer.max_epochs=5")
+    assert refused.code == 2
+    assert "it names the file '../../precious', outside of its folder" in refused.err
+
+
 def test_a_resumed_run_takes_its_own_values_and_says_what_makes_it_another_run(espalier: Command, top: Path):
     done = espalier("train", f"resume={top}", "data.batch_size=64", "trainer.max_steps=20", "trainer.profiler=null")
     assert done.code == 0, done.err

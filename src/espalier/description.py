@@ -145,7 +145,9 @@ def _files(state: Any) -> Iterator[str]:
     """Names of files in the state of a callback that keeps checkpoints."""
     if isinstance(state, dict):
         models = state.get("best_k_models")
+        replaced = state.get("replaced")
         names = [*(state.get(name) for name in OF_CALLBACK), *(models if isinstance(models, dict) else ())]
+        names += replaced if isinstance(replaced, list) else []
         yield from (name for name in names if isinstance(name, str))
 
 

@@ -19,6 +19,7 @@ LOGS = Path("logs")
 LAST = "last.ckpt"  # what a run resumes from
 PREVIOUS = "previous.ckpt"  # the one before it, should it be damaged
 BEST = "BEST"  # the file that names the best checkpoint beside it; in a list of names: that checkpoint
+MAX_NAME = 200  # bytes of it that are read
 UNRECORDED = "best.ckpt"  # what it is called where nothing names it
 RESUMED = (LAST, PREVIOUS)
 BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
@@ -76,8 +77,8 @@ def bundle_in(path: Path) -> Path | None:
 def best_in(checkpoints: Path) -> Path | None:
     """The best checkpoint of a folder, as recorded when it was saved; None where none is known."""
     record = checkpoints / BEST
-    named = record.read_text(encoding="utf-8").strip() if record.is_file() else UNRECORDED
-    inside = Path(named).name if Path(named).is_absolute() or ".." in Path(named).parts else named
+    named = Path(record.read_bytes()[:MAX_NAME].decode(errors="replace").strip() if record.is_file() else UNRECORDED)
+    inside = named.name if named.is_absolute() or ".." in named.parts else named
     return next((path for path in (checkpoints / inside, checkpoints / UNRECORDED) if path.is_file()), None)
 
 

@@ -23,16 +23,16 @@ class EpochLoop(_TrainingEpochLoop):
 
     @property
     def owes_validation(self) -> bool:
-        """Whether this goes on from a checkpoint whose validation was due, or had begun."""
+        """Whether a validation was due, or had begun, in the checkpoint that this restarts from."""
         counts = self.val_loop.batch_progress.total
-        return self.restarting and (self.val_loop.restarted_mid_evaluation or counts.ready > counts.completed)
+        return self.val_loop.restarted_mid_evaluation or counts.ready > counts.completed
 
     @property
     def done(self) -> bool:
-        return not self.owes_validation and super().done
+        return not (self._restarting and self.owes_validation) and super().done
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
-        return self.owes_validation or super()._should_check_val_fx(data_fetcher)
+        return (self._restarting and self.owes_validation) or super()._should_check_val_fx(data_fetcher)
 
 
 class FitLoop(_FitLoop):
