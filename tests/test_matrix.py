@@ -11,8 +11,8 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts" / "chaos"))
 from compared import differences, shown
 
 CHAOS = Path(__file__).parents[1] / "scripts" / "chaos"
-SEED = 0
-NUM_CASES = 7
+SEED = 126
+NUM_CASES = 5
 
 
 def test_random_commands_that_are_killed_and_resumed_end_as_those_left_alone():

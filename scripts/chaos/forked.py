@@ -124,6 +124,7 @@ def started(words: Sequence[str], output: Path, stop: Stop | None, seconds: floa
     """
     global _draws
     _draws = draws
+    output.with_suffix(".json").unlink(missing_ok=True)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what its processes leave behind becomes ours
     number = os.fork()
     if not number:
@@ -220,8 +221,8 @@ def _child(words: Sequence[str], environment: Mapping[str, str], output: Path | 
         _stop = stop
         _passed.clear()
         code = _called(words)
-        if _passed["start"] and not rank_zero_only.rank:  # not the process that starts the ranks
-            _tell()
+        if _passed["start"] and not rank_zero_only.rank and (_passed[STOPPED] or not _counts.exists()):
+            _tell()  # unless a rank that was stopped has; and not of the process that starts the ranks
         threading._shutdown()  # what is written in the background
     except BaseException:
         traceback.print_exc()
@@ -271,5 +272,5 @@ def _pass(place: str) -> None:
 
 
 def _tell() -> None:
-    if _counts:
-        _counts.write_text(json.dumps(_passed))
+    assert _counts
+    _counts.write_text(json.dumps(_passed))
