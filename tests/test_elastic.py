@@ -73,6 +73,7 @@ def test_a_run_goes_on_with_other_devices_as_if_nothing_had_happened(
     done = ranks(tmp_path, "train", "resume=run", *resumed, num=2 if "strategy=ddp_cpu" in resumed else 1)
     assert {code for code, _ in done} == {0}, done[0][1]
     assert done[0][1].count(told) == 1
+    assert "no longer the run it was" not in done[0][1]
     assert_close(tmp_path / "run", unbroken)
     assert steps(tmp_path / "run") == steps(unbroken)
     assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), rel=1e-4)

@@ -335,7 +335,11 @@ class Run:
         if self.resumed is None:
             return
         self.say(f"resume: {self.resumed.said}")
-        changes = runs.changes(self.resumed.config, self.cfg)
+        before, now = global_batch.of(self.resumed.content), self._split
+        if before and now and now != before:
+            self.say(f"goes on with {now}, after {before}: {now.samples_of_step} in a step, as before")
+        kept = () if before is None else runs.DEVICES if before == now else (*runs.DEVICES, *runs.BATCHES)
+        changes = runs.changes(self.resumed.config, self.cfg, but=kept)
         if changes:
             self.say(f"goes on, but is no longer the run it was: {', '.join(changes)}")
         if self.resumed.content.get("has_stopped"):
@@ -343,6 +347,17 @@ class Run:
                 "its training had stopped by itself, so no more is trained; "
                 f"to train its network further: espalier train source={self.folder}"
             )
+
+    @property
+    def _split(self) -> global_batch.Split | None:
+        """How the samples of a step are spread now; None where the checkpoint that this goes on from does not say."""
+        before = global_batch.of(self.resumed.content) if self.resumed else None
+        return before and replace(
+            before,
+            num_devices=self.trainer.world_size,
+            batch_size=self.cfg.data.batch_size,
+            accumulate=self.cfg.trainer.accumulate_grad_batches,
+        )
 
     def fit(self) -> Path | None:
         """Train, then apply what works on a trained network; the checkpoint of the result, None where none is kept.
@@ -415,7 +430,6 @@ class Run:
         self._announce()
         for logger in self.loggers:
             logger.log_hyperparams(self._plain_config())
-        self._tell_of_devices()
         if not is_first_rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -424,19 +438,6 @@ class Run:
         OmegaConf.save(OmegaConf.create(self._plain_config()), self.folder / "config.yaml")
         OmegaConf.save(OmegaConf.create(secret.scrub_words(self.words)), self.folder / "overrides.yaml")
         (self.folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
-
-    def _tell_of_devices(self) -> None:
-        before = global_batch.of(self.resumed.content) if self.resumed else None
-        if before is None:
-            return
-        now = replace(
-            before,
-            num_devices=self.trainer.world_size,
-            batch_size=self.cfg.data.batch_size,
-            accumulate=self.cfg.trainer.accumulate_grad_batches,
-        )
-        if now != before:
-            self.say(f"goes on with {now}, after {before}: {now.samples_of_step} in a step, as before")
 
     def _announce(self) -> None:
         """Say what is about to be trained, and what is odd about it.

@@ -28,6 +28,7 @@ BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
 READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
+BATCHES = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches", "val_check_interval")  # may follow
 WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # knobs of the trainer that change no weight
 BUNDLED = ("experiment", "debug")  # groups that change others
 DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm")  # of the trainer: what strategy= sets
@@ -197,10 +198,10 @@ def _differs(cfg: DictConfig, stored: Mapping[str, Any], word: Override, group: 
     return _plain(changed[group]) != stored[group]
 
 
-def changes(stored: Mapping[str, Any], cfg: DictConfig) -> list[str]:
+def changes(stored: Mapping[str, Any], cfg: DictConfig, but: Sequence[str] = ()) -> list[str]:
     """What a run that goes on does otherwise than before, such as `trainer.precision 32-true -> bf16-mixed`."""
     before, now = stored["trainer"], _plain(cfg.trainer)
-    names = [name for name in {**before, **now} if name not in WITHOUT_EFFECT]
+    names = [name for name in {**before, **now} if name not in (*WITHOUT_EFFECT, *but)]
     return [
         f"trainer.{name} {_told(before.get(name))} -> {_told(now.get(name))}"
         for name in names
