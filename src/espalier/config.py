@@ -17,7 +17,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -355,7 +355,7 @@ def trials(overrides: Sequence[str]) -> list[list[str]]:
 def _choices(word: Override, searches: bool) -> list[str]:
     """The values of a swept word; of an interval its ends, where a sweeper that searches will choose between them."""
     value = word.value()
-    if word.is_interval_sweep():
+    if isinstance(value, IntervalSweep):
         if searches:
             return [f"{value.start:g}", f"{value.end:g}"]
         raise ConfigError(

@@ -94,9 +94,9 @@ def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool) -> Pla
     )
 
 
-def require_test(trainer: L.Trainer, data: DataModule) -> None:
-    """Raise `ConfigError` if the limits leave nothing of the split that is tested."""
-    num_samples = len(getattr(data.splits, data.tested_split))
+def require_test(trainer: L.Trainer, data: DataModule, split: str) -> None:
+    """Raise `ConfigError` if the limits leave nothing of the split that is measured."""
+    num_samples = len(getattr(data.splits, split))
     num_batches = len(Order(num_samples, data.batch_size, None, 0, trainer.world_size))
     if problems := _without_test(num_batches, trainer.limit_test_batches):
         raise ConfigError(*problems)

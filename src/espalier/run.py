@@ -446,7 +446,7 @@ class Run:
             ConfigError: nothing would be trained, or nothing measured.
         """
         if self.task == "evaluate":
-            plan.require_test(self.trainer, self.data)
+            plan.require_test(self.trainer, self.data, str(self.cfg.task.split))
         trains = self.task == "train" or any(method.trains for method in self.compressions)
         if self.task not in TRAINS or not trains:
             return
