@@ -6,7 +6,6 @@ start an interpreter of their own.
 """
 
 import atexit
-import ctypes
 import gc
 import importlib
 import json
@@ -34,7 +33,6 @@ IMPORTED = (
     *("torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp", "lightning.pytorch", "torchmetrics"),
     *("hydra", "sklearn.datasets", "matplotlib.pyplot", "matplotlib.font_manager", "rich.table", "wandb", "torchao"),
 )
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PARENT = "ESPALIER_PARENT"  # of a rank: it ends itself where that is not its parent
 ENDED_BY_PYTHON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
@@ -229,5 +227,4 @@ def run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     main(int(sys.argv[1]))
