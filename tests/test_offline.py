@@ -64,7 +64,7 @@ class Blocked:
         kept = {name: value for name, value in os.environ.items() if name not in telemetry.OFF}
         own = {**kept, "OMP_NUM_THREADS": "1", **self.environment}
         command = [sys.executable, "-m", *words]
-        return subprocess.run(command, cwd=self.folder, env=own, capture_output=True, text=True, timeout=280)
+        return subprocess.run(command, cwd=self.folder, env=own, capture_output=True, text=True, timeout=560)
 
     @property
     def attempts(self) -> list[str]:
@@ -110,6 +110,7 @@ def test_no_command_and_no_training_reaches_for_the_network(blocked):
     assert blocked.attempts == []
 
 
+@pytest.mark.timeout(600)  # eight tasks in one process: half a minute on a quiet machine
 def test_no_task_reports_to_anybody_or_leaves_anything_in_home_that_we_do_not_name(blocked):
     latest, tables = "source=latest", "logger=[csv]"
     once = ("task.runtimes=[onnx]", "task.batches=[1]", "task.rounds=1", "task.memory=false")

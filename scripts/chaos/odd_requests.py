@@ -94,7 +94,7 @@ class Odd:
             **self._http(),
             **self._connections(),
         }
-        self.names = [name for name in self.kinds for _ in range(1 if name == "slow" else 4)]
+        self.names = [name for name in self.kinds for _ in range(1 if name in ("slow", "large picture") else 8)]
 
     def draw(self) -> tuple[str, Shot]:
         """Return a kind and one of its requests."""

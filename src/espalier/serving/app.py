@@ -6,6 +6,7 @@ Letters: B batch, K classes.
 
 import asyncio
 import base64
+import contextlib
 import logging
 import os
 import sys
@@ -125,8 +126,9 @@ class App:
             reply = self.failure(route, error)
         self.metrics.count(route if answer else "other", reply.status)
         headers = [(b"content-length", b"%d" % len(reply.body)), *self.headers(route, reply.status, reply.kind, method)]
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        await send({"type": "http.response.body", "body": reply.body})
+        with contextlib.suppress(RuntimeError):  # of a transport that the client has just reset
+            await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+            await send({"type": "http.response.body", "body": reply.body})
 
     @staticmethod
     def headers(route: str, status: int, kind: str, method: str) -> list[tuple[bytes, bytes]]:

@@ -33,8 +33,9 @@ class Intake:
         self.time_limit_s = settings.time_limit_s
         self.max_bytes = int(settings.max_body_mb * 1e6)
         self._reader = BodyReader(self.max_bytes)
-        self._turns = asyncio.Semaphore(NUM_THREADS)
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="intake")
+        # pictures have threads of their own, so that large ones do not hold up numbers
+        self._turns = [asyncio.Semaphore(NUM_THREADS) for _ in range(2)]
+        self._threads = [ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="intake") for _ in range(2)]
 
     async def samples(self, scope: Message, receive: Receive) -> Raw:
         """Raw samples (B, *shape), whether they come as JSON, as a form or as a picture file.
@@ -59,7 +60,8 @@ class Intake:
                 raw = self.at_once(body)
                 if raw is not None:
                     return raw
-            return await self.aside(self._parse, mime, kind, body)
+            has_pictures = mime != JSON or body.count(b"{") > 1
+            return await self.aside(self._parse, mime, kind, body, lane=int(has_pictures))
 
     def at_once(self, body: bytes) -> Raw | None:
         """Raw samples of a JSON body that is read in less than a millisecond; None of others.
@@ -75,9 +77,10 @@ class Intake:
 
     def stop(self) -> None:
         """End the threads after what they work on; nobody waits for them."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads:
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    async def aside(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def aside(self, function: Callable[..., T], *arguments: Any, lane: int = 0) -> T:
         """Run in a thread, so that short requests do not wait for long ones.
 
         No more than `NUM_THREADS` results are made before somebody takes them: what waits is a body, not its objects.
@@ -86,8 +89,8 @@ class Intake:
             RequestError: it took longer than the time limit.
         """
         try:
-            async with asyncio.timeout(self.time_limit_s), self._turns:
-                return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+            async with asyncio.timeout(self.time_limit_s), self._turns[lane]:
+                return await asyncio.get_running_loop().run_in_executor(self._threads[lane], function, *arguments)
         except TimeoutError:
             raise too_late(self.time_limit_s) from None
 

@@ -90,6 +90,8 @@ class Quick:
         head = _head(status) + _lines(protocol.server_state.default_headers)
         if not self.keep_alive:
             head += b"connection: close\r\n"
+        if protocol.transport.is_closing():  # the client has just reset it
+            return
         protocol.transport.write(b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body))
         if not self.keep_alive:
             protocol.transport.close()
