@@ -201,10 +201,11 @@ cli.main()
 @pytest.mark.parametrize(
     ("sync", "num_drafts"),
     [
-        (28, 2),  # the best checkpoint of the first epoch is about to become the last one
-        pytest.param(30, 1, marks=pytest.mark.slow),  # the next file is written
-        pytest.param(31, 2, marks=pytest.mark.slow),  # and its hash
-        pytest.param(32, 0, marks=pytest.mark.slow),  # and both have their names
+        pytest.param(28, 1, marks=pytest.mark.slow),  # the best checkpoint of the first epoch is about to be recorded
+        (29, 2),  # and about to become the last one
+        pytest.param(31, 1, marks=pytest.mark.slow),  # the next file is written
+        pytest.param(32, 2, marks=pytest.mark.slow),  # and its hash
+        pytest.param(33, 0, marks=pytest.mark.slow),  # and both have their names
     ],
 )
 def test_resume_after_kill_9_while_a_checkpoint_is_written_is_bit_equal(

@@ -21,6 +21,7 @@ FILES = {
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "checkpoints/previous.ckpt",
+        "checkpoints/BEST",
         "checkpoints/SHA256SUMS",
         "figures/curves.png",
         "figures/confusion.png",

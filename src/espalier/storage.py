@@ -71,6 +71,7 @@ class Folder:
     def record_best(self, name: str | None) -> None:
         """Write down which file is the best, all or nothing; None: there is none any more."""
         record = self.path / BEST
+        _draft(record).unlink(missing_ok=True)  # what a kill left
         if name is None:
             record.unlink(missing_ok=True)
         elif not record.is_file() or record.read_text(encoding="utf-8") != f"{name}\n":
