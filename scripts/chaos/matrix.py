@@ -11,16 +11,19 @@ is in its checkpoints, `metrics.csv` and the report are those of the unbroken ru
 failed, and with it the script: exit code 1. Linux only.
 """
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is imported: a fork has none of the threads of its parent
+
 import argparse
 import json
-import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -53,7 +56,7 @@ class Outcome:
     cpu_seconds: float = 0.0
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Print a line per case, those that failed as commands, and what was drawn how often."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100)
@@ -62,7 +65,7 @@ def main() -> None:
     parser.add_argument("--case", help="SEED:INDEX of one case")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
     parser.add_argument("--seconds", type=float, default=3600, help="start no case after that")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(words)
     seed, indices = chosen.seed, range(chosen.first, chosen.first + chosen.cases)
     if chosen.case:
         seed, first = map(int, chosen.case.split(":"))
