@@ -232,7 +232,8 @@ class Run:
         name = node.get("monitor")
         if name is None:
             return {}
-        known = {f"val/{metric}": value for metric, value in self.learner.metrics["val"].items(keep_base=True)}
+        validation: Any = self.learner.metrics["val"]
+        known = {f"val/{metric}": value for metric, value in validation.items(keep_base=True)}
         if name not in known:
             raise ConfigError(
                 f"{key}.monitor={name}: no such metric{nearest(name, [*known])}; it is one of {', '.join(known)}"

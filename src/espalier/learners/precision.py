@@ -16,7 +16,7 @@ class HalfNetwork(HalfPrecision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         if isinstance(module, L.LightningModule):
-            module.model.to(self._desired_input_dtype)  # type: ignore[union-attr]
+            module.model.to(self._desired_input_dtype)
             module.input_dtype = self._desired_input_dtype  # type: ignore[assignment]  # see Learner.forward
             return module
         return module.to(self._desired_input_dtype)
@@ -25,5 +25,5 @@ class HalfNetwork(HalfPrecision):
         """A tensor alone is input; a batch holds targets too, and the learner casts its input."""
         return data.to(self._desired_input_dtype) if isinstance(data, Tensor) and data.is_floating_point() else data
 
-    def forward_context(self) -> AbstractContextManager[None]:
+    def forward_context(self) -> AbstractContextManager[None]:  # type: ignore[override]  # Lightning's is narrower
         return nullcontext()
