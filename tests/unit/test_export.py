@@ -14,7 +14,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401, registers the op
 
 from espalier.compression.base import Conversion
 from espalier.errors import ConfigError
-from espalier.export.onnx import Session, is_integer, operators, unfused, write
+from espalier.export.onnx import Session, is_integer, operators, unfused, unshare, write
 from espalier.measure.cost import count_params
 from espalier.models.cnn import CNN
 from espalier.models.densenet import DenseNet
@@ -211,3 +211,15 @@ def test_a_skipped_module_and_what_lies_in_it_stay_float(kind, tmp_path: Path):
     counts = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
     assert counts["MatMulInteger"] + counts["MatMulNBits"] == 1
     assert counts["MatMul"] + counts["Gemm"] == 2
+
+
+def test_no_two_operators_share_an_int8_constant_which_stays_what_it_was():
+    zero = onnx.numpy_helper.from_array(torch.zeros((), dtype=torch.int8).numpy(), "zero")
+    scale = onnx.numpy_helper.from_array(torch.tensor(0.5).numpy(), "scale")
+    nodes = [onnx.helper.make_node("DequantizeLinear", [name, "scale", "zero"], [f"{name}_out"]) for name in "abc"]
+    graph = onnx.helper.make_graph(nodes, "graph", [], [], [zero, scale])
+    unshare(graph)
+    values = {constant.name: onnx.numpy_helper.to_array(constant).tolist() for constant in graph.initializer}
+    assert [values[node.input[2]] for node in graph.node] == [0, 0, 0]
+    assert len({node.input[2] for node in graph.node}) == 3
+    assert {node.input[1] for node in graph.node} == {"scale"}  # float constants are shared as before

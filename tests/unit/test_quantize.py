@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,8 @@ from espalier.compression.qat import QAT, RoundedLinear, round_inputs, round_wei
 from espalier.compression.quantizer import OnnxRuntimeQuantizer, make_quantizer, prepare
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
+from espalier.export import session
+from espalier.export.onnx import unshare
 from espalier.models.cnn import CNN
 from espalier.models.densenet import DenseNet
 from espalier.models.mlp import MLP
@@ -141,13 +142,14 @@ def deploy(model: nn.Module, shape: tuple[int, ...], folder: Path) -> tuple[Coun
         input_names=["input"], output_names=["logits"], dynamic_shapes=({0: batch},), verbose=False,
     )  # fmt: skip
     logging.disable(logging.NOTSET)
-    options = onnxruntime.SessionOptions()
+    proto = onnx.load(path)
+    unshare(proto.graph)
+    onnx.save(proto, path)
+    options = session.options(threads=1)
     options.optimized_model_filepath = str(optimised)
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    running = session.opened(path, options)
     operators = Counter(node.op_type for node in onnx.load(optimised).graph.node)
-    return operators, lambda x: torch.from_numpy(np.asarray(session.run(None, {"input": x.numpy()})[0]))
+    return operators, lambda x: torch.from_numpy(np.asarray(running.run(None, {"input": x.numpy()})[0]))
 
 
 def through_a_file(value: Any) -> Any:

@@ -22,6 +22,7 @@ from espalier.compression.base import Conversion
 from espalier.compression.captured import CapturedNet
 from espalier.compression.weight_only import encode
 from espalier.errors import ConfigError
+from espalier.export import session
 from espalier.export.formats import draft, quiet, reason, require_precision
 from espalier.ranges import Count
 
@@ -61,6 +62,7 @@ def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion
     _pool(proto.graph)
     _strip(proto)
     _shorten(proto.graph)
+    unshare(proto.graph)
     with draft(path) as target:
         target.write_bytes(proto.SerializeToString())
 
@@ -69,10 +71,7 @@ class Session:
     """A file in ONNX Runtime, on the CPU; called with samples (B, ...), it returns logits (B, K)."""
 
     def __init__(self, path: Path, threads: Count) -> None:
-        options = _options()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._session = session.opened(path, session.options(threads))
 
     def __call__(self, x: Tensor) -> Tensor:
         (logits,) = self._session.run([OUTPUT], {INPUT: x.numpy(force=True)})
@@ -275,15 +274,27 @@ def _shorten(graph: GraphProto) -> None:
         node.output[:] = [short[name] for name in node.output]
 
 
-def _options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    return options
+def unshare(graph: GraphProto) -> None:
+    """Give each use of an int8 constant its own: the runtime cannot make uint8 of one that two operators use.
+
+    It does so where the processor needs it (see `session.py`).
+    """
+    shared = {constant.name: constant for constant in graph.initializer if constant.data_type == TensorProto.INT8}
+    uses: Counter[str] = Counter()
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name not in shared:
+                continue
+            if uses[name]:
+                copy = graph.initializer.add()
+                copy.CopyFrom(shared[name])
+                copy.name = node.input[place] = f"{name}.{uses[name]}"
+            uses[name] += 1
 
 
 def _optimised(model: Path | bytes, level: onnxruntime.GraphOptimizationLevel) -> GraphProto:
     with TemporaryDirectory() as folder:
-        options = _options()
+        options = session.options()
         options.graph_optimization_level = level
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -15,14 +15,13 @@ import orjson
 from numpy.typing import NDArray
 
 from espalier.errors import ConfigError
-from espalier.export import bundle
+from espalier.export import bundle, session
 from espalier.export.preprocess import normalise
 from espalier.spec import DataSpec
 
 INPUT, OUTPUT = "input", "logits"  # tensors of every exported file
 FORMAT = "onnx"
 FLOAT = "tensor(float)"  # as the runtime calls float32
-QUIET = 3  # errors only
 SILENT = 4  # those that end the process; others are raised, and told in our words
 FIRST_S = 10.0  # at least, for the first sample
 MAX_SIDES = 8  # of a sample
@@ -56,17 +55,12 @@ class Predictor:
             problem = str(error).partition("\n")[0][:MAX_REASON]
         if problem:
             raise ConfigError(f"source={folder}: its description is wrong: {problem}; export it again")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = QUIET
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        options = session.options(threads)
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads leave the cores alone
         self._running = onnxruntime.RunOptions()
         self._running.log_severity_level = SILENT
         try:
-            self._session = onnxruntime.InferenceSession(
-                self.bundle.file(FORMAT), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = session.opened(self.bundle.file(FORMAT), options)
         except Exception as error:  # the runtime's own classes share no base
             raise ConfigError(f"source={folder}: ONNX Runtime cannot open the network: {_first_line(error)}") from error
         if problem := self._misfit() or self._try(max(FIRST_S, time_limit_s)):
