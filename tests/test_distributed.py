@@ -2,18 +2,16 @@
 
 import csv
 import json
+import os
 import signal
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from conftest import QUICK, Command, command, launch, run_in
 from espalier import cli
-from espalier.learners.learner import Learner
 from ranks import ranks
 
 MLP = ("model=mlp", "model.hidden=[32]", "data.batch_size=32", "trainer.max_epochs=2", *QUICK)
@@ -185,6 +183,7 @@ def test_a_sweep_of_one_process_per_trial_may_use_any_strategy(espalier: Command
     done = espalier("train", "-m", *MLP, "trainer.max_epochs=1", "strategy=ddp_cpu", "trainer.devices=1", "seed=0")
     assert done.code == 0, done.err
     assert len(list(done.folder.glob("logs/sweep/*/0/report.json"))) == 1
+    assert "LOCAL_RANK" not in os.environ  # Lightning's, which the next run of this process would take for a launcher's
 
 
 WEIGHED = (
@@ -213,32 +212,31 @@ def test_weighed_classes_train_two_processes_like_one_with_the_double_batch(tmp_
     assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), rel=1e-5)
 
 
-COLLECTIVES = ("all_reduce", "broadcast", "broadcast_object_list", "all_gather", "barrier")
+WATCHED = """
+from pathlib import Path
+import torch.distributed as dist
+from espalier.learners.learner import Learner
+log = []
+
+def watch(name):
+    whole = getattr(dist, name)
+    def counted(*args, **knobs):
+        log.append(f"{name}, {'async' if knobs.get('async_op') else 'waits'}")
+        return whole(*args, **knobs)
+    setattr(dist, name, counted)
+
+def on_train_end(self):
+    Path(f"collectives_{self.global_rank}.txt").write_text("\\n".join(log))
+
+for name in ("all_reduce", "broadcast", "broadcast_object_list", "all_gather", "barrier"):
+    watch(name)
+Learner.on_train_batch_start = lambda self, batch, batch_idx: log.append("step")
+Learner.on_train_end = on_train_end
+"""
 
 
-def test_no_process_waits_for_another_between_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_process_waits_for_another_between_two_steps(tmp_path: Path):
     """But for the gradients, which torch's reducer adds up out of sight of Python."""
-    log: list[str] = []
-
-    def watch(name: str) -> None:
-        whole = getattr(dist, name)
-
-        def counted(*args: Any, **knobs: Any) -> Any:
-            log.append(f"{name}, {'async' if knobs.get('async_op') else 'waits'}")
-            return whole(*args, **knobs)
-
-        monkeypatch.setattr(dist, name, counted)
-
-    def on_train_batch_start(self: Learner, batch: Any, batch_idx: int) -> None:
-        log.append("step")
-
-    def on_train_end(self: Learner) -> None:
-        Path(f"collectives_{self.global_rank}.txt").write_text("\n".join(log))
-
-    for name in COLLECTIVES:
-        watch(name)
-    monkeypatch.setattr(Learner, "on_train_batch_start", on_train_batch_start)
-    monkeypatch.setattr(Learner, "on_train_end", on_train_end)
     one_epoch = (
         *MLP,
         "learner.class_weights=balanced",
@@ -246,7 +244,7 @@ def test_no_process_waits_for_another_between_two_steps(tmp_path: Path, monkeypa
         "callbacks.checkpoint.every_n_minutes=99",
         "strategy=ddp_cpu",
     )
-    for code, output in ranks(tmp_path, "train", *one_epoch, "hydra.run.dir=run"):
+    for code, output in ranks(tmp_path, "train", *one_epoch, "hydra.run.dir=run", before=WATCHED):
         assert code == 0, output
     for rank in range(2):
         calls = (tmp_path / f"collectives_{rank}.txt").read_text().splitlines()

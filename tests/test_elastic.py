@@ -11,7 +11,6 @@ from conftest import Command, command
 from espalier.data.loaders import Order
 from espalier.errors import ConfigError, StoppedError
 from espalier.global_batch import Split, follow
-from espalier.learners.learner import Learner
 from ranks import ranks
 from test_distributed import assert_close, losses, metrics, weights
 
@@ -22,16 +21,17 @@ WORDS = (
 AS_TWO = ("data.batch_size=32", "strategy=ddp_cpu")
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Save and stop there, as after a signal."""
-    whole = Learner.on_train_batch_end
+STOPPED = """  # saves and stops after a step, as after a signal
+from espalier.learners.learner import Learner
+whole = Learner.on_train_batch_end
 
-    def on_train_batch_end(self: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:
-        whole(self, outputs, batch, batch_idx)
-        if self.trainer.global_step == step and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._stop()
+def on_train_batch_end(self, outputs, batch, batch_idx):
+    whole(self, outputs, batch, batch_idx)
+    if self.trainer.global_step == {step} and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+        self._stop()
 
-    monkeypatch.setattr(Learner, "on_train_batch_end", on_train_batch_end)
+Learner.on_train_batch_end = on_train_batch_end
+"""
 
 
 def steps(run: Path) -> list[str]:
@@ -64,11 +64,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_run_goes_on_with_other_devices_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Path, begun: Any, resumed: Any, step: int, told: str
+    tmp_path: Path, unbroken: Path, begun: Any, resumed: Any, step: int, told: str
 ):
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        first = ranks(tmp_path, *WORDS, *begun, "hydra.run.dir=run", num=2 if "strategy=ddp_cpu" in begun else 1)
+    num, stopped = 2 if "strategy=ddp_cpu" in begun else 1, STOPPED.format(step=step)
+    first = ranks(tmp_path, *WORDS, *begun, "hydra.run.dir=run", num=num, before=stopped)
     assert {code for code, _ in first} == {StoppedError.exit_code}, first[0][1]
     done = ranks(tmp_path, "train", "resume=run", *resumed, num=2 if "strategy=ddp_cpu" in resumed else 1)
     assert {code for code, _ in done} == {0}, done[0][1]
@@ -80,12 +79,10 @@ def test_a_run_goes_on_with_other_devices_as_if_nothing_had_happened(
     assert metrics(tmp_path / "run") == pytest.approx(metrics(unbroken), rel=1e-4)
 
 
-def test_devices_that_cannot_take_the_same_steps_are_refused_with_the_numbers(
-    espalier: Command, monkeypatch: pytest.MonkeyPatch
-):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert espalier(*WORDS, "data.batch_size=50", "hydra.run.dir=run").code == StoppedError.exit_code
+def test_devices_that_cannot_take_the_same_steps_are_refused_with_the_numbers(espalier: Command, tmp_path: Path):
+    words = (*WORDS, "data.batch_size=50", "hydra.run.dir=run")
+    [(code, output)] = ranks(tmp_path, *words, num=1, before=STOPPED.format(step=3))
+    assert code == StoppedError.exit_code, output
     before = weights(Path("run"))
     done = espalier("train", "resume=run", "trainer.accumulate_grad_batches=3")
     assert done.code == 2

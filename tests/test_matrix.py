@@ -1,33 +1,25 @@
 """A few random commands, killed and resumed; `scripts/chaos/matrix.py` does it with hundreds."""
 
-import multiprocessing
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "chaos"))
 
 from compared import differences, shown
 
+from helpers.forked import run
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "chaos" / "matrix.py"
 SEED = 126
 NUM_CASES = 5
 
 
-def _matrix() -> None:
-    from matrix import main  # it changes the process that imports it
-
-    main(["--cases", str(NUM_CASES), "--seed", str(SEED), "--jobs", "1"])
-
-
-def test_random_commands_that_are_killed_and_resumed_end_as_those_left_alone(capfd: pytest.CaptureFixture[str]):
-    process = multiprocessing.get_context("fork").Process(target=_matrix)  # which has all imported that they need
-    process.start()
-    process.join(280)
-    process.kill()
-    out, err = capfd.readouterr()
-    assert f"\n{NUM_CASES} of {NUM_CASES} equal" in out, out + err
+def test_random_commands_that_are_killed_and_resumed_end_as_those_left_alone():
+    words = ("--cases", str(NUM_CASES), "--seed", str(SEED), "--jobs", "1")
+    done = run([SCRIPT, *words], timeout=280)
+    assert f"\n{NUM_CASES} of {NUM_CASES} equal" in done.stdout, done.stdout + done.stderr
 
 
 def _run(folder: Path, weight: float, row: str) -> Path:

@@ -1,10 +1,8 @@
 """A signal ends a training after its step: saved, exit code 75, and resumed bit for bit as if nothing had happened."""
 
 import os
-import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import torch
 from conftest import command, launch
 from espalier.errors import EspalierError
 from espalier.learners.interrupt import requeue
-from espalier.learners.learner import Learner
 from ranks import ranks
 from test_resume import assert_same
 
@@ -88,6 +85,20 @@ def test_a_signal_stops_it_after_the_step_and_resume_is_bit_equal(
     assert_same(tmp_path / "run", unbroken)
 
 
+SIGNALLED = """
+import os, signal
+from espalier.learners.learner import Learner
+whole = Learner.{part}
+
+def signalled(self, data, batch_idx):
+    if (self.current_epoch, batch_idx, self.global_rank) == {place}:
+        os.kill(os.getpid(), signal.{number})
+    return whole(self, data, batch_idx)
+
+Learner.{part} = signalled
+"""
+
+
 @pytest.fixture(scope="module")
 def unbroken_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken_by_two")
@@ -105,25 +116,10 @@ def unbroken_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_signal_to_one_rank_stops_all_of_them_and_resume_is_bit_equal(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    unbroken_by_two: Path,
-    number: str,
-    part: str,
-    epoch: int,
-    batch: int,
-    step: int,
+    tmp_path: Path, unbroken_by_two: Path, number: str, part: str, epoch: int, batch: int, step: int
 ):
-    whole = getattr(Learner, part)
-
-    def signalled_step(self: Learner, data: Any, batch_idx: int) -> Any:
-        if (self.current_epoch, batch_idx, self.global_rank) == (epoch, batch, 1):
-            os.kill(os.getpid(), getattr(signal, number))
-        return whole(self, data, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, part, signalled_step)
-        done = ranks(tmp_path, "train", *WORDS, "strategy=ddp_cpu", "hydra.run.dir=run")
+    before = SIGNALLED.format(part=part, place=(epoch, batch, 1), number=number)
+    done = ranks(tmp_path, "train", *WORDS, "strategy=ddp_cpu", "hydra.run.dir=run", before=before)
     assert [code for code, _ in done] == [75, 75]
     assert done[0][1].count(f"espalier: stopped by a signal to another process after step {step};") == 1
     assert {code for code, _ in ranks(tmp_path, "train", "resume=run")} == {0}

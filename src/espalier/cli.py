@@ -326,7 +326,8 @@ def _job(cfg: "DictConfig") -> float | None:
                 run = None  # may hold weights
                 launch.launch(_words_for_ranks(folder), num_ranks)
             elif run:
-                objective = run.perform()
+                with launchers.taken_back():
+                    objective = run.perform()
     except signals.Signalled as signalled:
         signalled.has_trained = run is not None and run.has_trained
         if not signalled.has_trained:

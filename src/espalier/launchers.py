@@ -6,11 +6,14 @@ processes that nobody has started, or leave out the part of the data that is the
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from espalier.errors import ConfigError
 
 BY_HAND = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # who starts each process sets all of them
+WRITTEN = (*BY_HAND, "NODE_RANK")  # by Lightning, where one process trains as if there were others
 INTERACTIVE = ("bash", "interactive")  # names of a job of SLURM in which a person types, as Lightning knows them
 SPECIAL_STEP = 1 << 31  # numbers of SLURM from here on are no steps of srun: the batch script, an interactive shell
 
@@ -91,6 +94,19 @@ def rank() -> int:
     except ConfigError:  # said by the first that looks
         return 0
     return launcher.rank if launcher and not launcher.missing else 0
+
+
+@contextmanager
+def taken_back() -> Iterator[None]:
+    """Within, Lightning numbers this process; afterwards nobody has, so that a next trial starts as the first did."""
+    before = {name: os.environ.get(name) for name in WRITTEN}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def require_nodes(num_nodes: int) -> None:
