@@ -85,7 +85,14 @@ def trained(folder: Path, channels: int) -> dict[str, NDArray[np.uint8]]:
     """What training sees of each file, (C, S, S), out of a folder in which two classes hold all of them."""
     knobs: dict[str, Any] = {"path": str(folder), "subset": None, "image_column": "image", "label_column": "label"}
     knobs |= {"train_split": "train", "val_split": "train", "test_split": "train", "val_share": 0.1, "test_share": 0.1}
-    knobs |= {"channels": channels, "image_size": SIDE, "mean": None, "std": None, "in_memory": True}
+    knobs |= {
+        "channels": channels,
+        "image_size": SIDE,
+        "mean": None,
+        "std": None,
+        "in_memory": True,
+        "broken": "refuse",
+    }
     data = HubImages(**knobs, num_workers=0, batch_size=4, augment={}, seed=0, background=BACKGROUND)
     paths = sorted(str(path) for path in folder.rglob("*.*"))
     return {Path(path).name: x.numpy() for path, x in zip(paths, data.splits.train.x, strict=True)}

@@ -1,10 +1,14 @@
 """What lies in `conf/`: groups, options, their opening comments. Standard library only, so it is quick."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 PACKAGED = Path(__file__).parent / "conf"  # inside a wheel
 CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
 TRAINS = ("train", "compress")  # the tasks that train: they take a recipe, and are stopped, resumed and requeued
+
+ADDED = {"data": {"espalier.data.hub_images.HubImages": {"background": "black", "broken": "refuse"}}}  # see `completed`
 
 
 def groups() -> dict[str, list[str]]:
@@ -44,3 +48,13 @@ def defaults() -> dict[str, str]:
         if line.startswith("  - ") and colon:
             chosen[group] = option.strip()
     return chosen
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with the knobs that its options have got since, at the value that they stood for."""
+    result = dict(config)
+    for group, added in ADDED.items():
+        node = result.get(group)
+        if isinstance(node, Mapping) and (values := added.get(str(node.get("_target_")))):
+            result[group] = {**values, **node}
+    return result

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from espalier import archive, description, runs, storage
+from espalier import archive, catalog, description, runs, storage
 from espalier.compression.base import Entry
 from espalier.config import typed
 from espalier.errors import ConfigError, EspalierError
@@ -79,7 +79,7 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        return dict(self.content["espalier"]["config"])
+        return catalog.completed(self.content["espalier"]["config"])
 
     @property
     def spec(self) -> DataSpec:

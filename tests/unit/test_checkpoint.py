@@ -110,3 +110,11 @@ def test_a_head_that_does_not_fit_stays_new_and_is_named():
 def test_a_warm_start_from_another_architecture_is_refused():
     with pytest.raises(ConfigError, match="only 1 of 4 tensors fit"):
         checkpoint.load_fitting_weights(network(), stored(network(width=9)))
+
+
+def test_a_picture_set_of_before_there_was_a_background_keeps_the_black_one_that_it_was_trained_with():
+    data = {"_target_": "espalier.data.hub_images.HubImages", "path": "photos"}
+    stored = Checkpoint(Path("last.ckpt"), {"espalier": {"config": {"data": data, "seed": 0}}})
+    assert stored.config == {"data": {**data, "background": "black", "broken": "refuse"}, "seed": 0}
+    chosen = {**data, "background": "white", "broken": "skip"}
+    assert Checkpoint(Path("last.ckpt"), {"espalier": {"config": {"data": chosen}}}).config == {"data": chosen}

@@ -62,7 +62,8 @@ def images(path, **changes) -> HubImages:
     knobs = {"path": str(path), "subset": None, "image_column": "image", "label_column": "label"}
     knobs |= {"train_split": "train", "val_split": None, "test_split": None, "val_share": 0.2, "test_share": 0.2}
     knobs |= {"channels": 3, "image_size": SIDE, "mean": None, "std": None, "in_memory": True, "num_workers": 0}
-    return HubImages(**(knobs | {"batch_size": 4, "augment": {}, "seed": 0} | changes))
+    knobs |= {"background": "black", "broken": "refuse", "batch_size": 4, "augment": {}, "seed": 0}
+    return HubImages(**(knobs | changes))
 
 
 def sizes(data: HubImages) -> dict[str, int]:

@@ -92,8 +92,8 @@ class HubImages(DataModule):
         batch_size: Count,
         augment: dict[str, Augmentation],
         seed: int,
-        background: str = "black",  # these two for runs that were configured before there were such knobs
-        broken: Broken = "refuse",
+        background: str,
+        broken: Broken,
     ) -> None:
         super().__init__(batch_size, seed, augment, num_workers)
         _require_statistics(mean, std, channels)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from espalier import catalog
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec
 
@@ -45,7 +46,7 @@ class Bundle:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration of data, model and learner that the network was trained with."""
-        return dict(self.content["config"])
+        return catalog.completed(self.content["config"])
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
