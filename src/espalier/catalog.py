@@ -51,7 +51,7 @@ def defaults() -> dict[str, str]:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration with the knobs that its options have got since, at the value that they stood for."""
+    """Return a stored configuration with the knobs that its options have got since, at the value they had in effect."""
     result = dict(config)
     for group, added in ADDED.items():
         node = result.get(group)
