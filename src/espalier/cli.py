@@ -173,40 +173,40 @@ def _split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _settle_runs(words: Sequence[str]) -> list[str]:
     """Name RUNs by their absolute path, so that DDP children agree, and send a resumed run to its own folder."""
-    from espalier import config, runs
+    from espalier import overrides, runs
 
     if "resume=auto" in words:
         begun = runs.begun(words)
         dropped = ("resume=", "source=") if begun else ("resume=",)  # a run that goes on has its source's weights
         words = [word for word in words if not word.startswith(dropped)]
-        words += [f"resume={config.quoted(str(begun))}"] if begun else []
+        words += [f"resume={overrides.quoted(str(begun))}"] if begun else []
     settled = list(words)
     task = _task_of(words, "")
     holds = runs.BUNDLE if task in runs.TAKES_BUNDLE else "report.json" if task == "report" else "checkpoints"
     for place, word in enumerate(words):
         key, _, value = word.partition("=")
         if key == "resume" and value not in ("", "null"):
-            path = runs.find(key, config.unquoted(value)).resolve()
+            path = runs.find(key, overrides.unquoted(value)).resolve()
             path = path.parent.parent if path.is_file() else path
             if "${" in str(path):
                 raise ConfigError(
                     f"{key}={path}: ${{...}} in the name of a run folder is read as an interpolation; rename it"
                 )
-            settled[place] = f"{key}={config.quoted(str(path))}"
-            settled.append(f"hydra.run.dir={config.quoted(str(path))}")
+            settled[place] = f"{key}={overrides.quoted(str(path))}"
+            settled.append(f"hydra.run.dir={overrides.quoted(str(path))}")
         if key == "source" and value not in ("", "null"):
-            named = [config.unquoted(run) for run in runs.split(config.unquoted(value))]
+            named = [overrides.unquoted(run) for run in runs.split(overrides.unquoted(value))]
             paths = [str(_find(run, holds).resolve()) for run in named]
             several = [",".join(paths)] if task in runs.TAKES_SEVERAL else paths  # else Hydra asks for -m
-            settled[place] = f"{key}={','.join(map(config.quoted, several))}"
+            settled[place] = f"{key}={','.join(map(overrides.quoted, several))}"
         if key in FOLDERS:
-            settled[place] = config.folder_word(key, value)
+            settled[place] = overrides.folder_word(key, value)
     if launchers.rank() > 0:
         settled.append("hydra/job_logging=none")
         if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
             own = tempfile.mkdtemp(prefix="espalier_rank_")
             atexit.register(shutil.rmtree, own, ignore_errors=True)
-            settled += [f"{key}={config.quoted(own)}" for key in FOLDERS]
+            settled += [f"{key}={overrides.quoted(own)}" for key in FOLDERS]
     return settled
 
 
@@ -226,10 +226,10 @@ def _find(source: str, holds: str | Path) -> Path:
 
 def _require_unused(words: Sequence[str], *, multirun: bool) -> None:
     """Refuse a folder that another run has filled before Hydra writes there; `_owned` looks once more."""
-    from espalier import config
+    from espalier import overrides
 
     said = dict(word.split("=", 1) for word in words if "=" in word)
-    folder = Path(config.unquoted(said.get(FOLDERS[multirun], "")))
+    folder = Path(overrides.unquoted(said.get(FOLDERS[multirun], "")))
     if said.get("resume", "null") not in ("", "null") or not folder.is_dir() or folder == Path():
         return
     for each in [trial for trial in folder.iterdir() if trial.is_dir()] if multirun else [folder]:
@@ -252,11 +252,11 @@ def _owned(folder: Path, task: str, *, is_resumed: bool, is_trial: bool) -> Abst
 
 def _check_trials(words: Sequence[str]) -> None:
     """Compose every value of a sweep before the first trial starts."""
-    from espalier import config
+    from espalier import config, overrides
 
     problems: dict[str, None] = {}
     task = _task_of(words)
-    for trial in config.trials(words):
+    for trial in overrides.trials(words):
         try:
             trainer = config.compose(trial).trainer
         except ConfigError as error:
@@ -377,9 +377,9 @@ def _num_cpus(cfg: "DictConfig", task: str) -> int:
 
 def _words_for_ranks(folder: Path) -> list[str]:
     """The command line as this process has settled it, and the folder that all of them share."""
-    from espalier import config
+    from espalier import overrides
 
-    shared = config.quoted(str(folder.resolve()))
+    shared = overrides.quoted(str(folder.resolve()))
     return [*sys.argv[1:], f"hydra.run.dir={shared}", *({"--traceback"} & set(sys.orig_argv))]
 
 

@@ -18,12 +18,12 @@ from espalier import checkpoint, description, global_batch, launchers, runs, sec
 from espalier.catalog import TRAINS
 from espalier.checkpoint import Checkpoint
 from espalier.compression.base import check_recipe
-from espalier.config import check_lists, typed
 from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
 from espalier.learners.interrupt import JOB
 from espalier.learners.position import epochs_begun
+from espalier.overrides import check_lists, typed
 from espalier.run import EVALUATED, Run
 from espalier.targets import check
 

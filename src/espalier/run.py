@@ -37,12 +37,12 @@ from espalier.compression.base import (
     without_teacher,
 )
 from espalier.compression.masks import KeepMasks
-from espalier.config import nearest
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError, EspalierError, StoppedError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable
+from espalier.hints import nearest
 from espalier.learners.environment import environments
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner

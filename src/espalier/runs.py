@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from espalier import secret
-from espalier.config import RunConfig, at_home, parse, unquoted
+from espalier.config import RunConfig
 from espalier.errors import ConfigError
+from espalier.overrides import at_home, parse, unquoted
 
 LOGS = Path("logs")
 CHANGES = re.compile(r"\$\{(?!oc\.env:)")  # from start to start, or with other words than those of the folder
