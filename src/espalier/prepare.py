@@ -24,7 +24,7 @@ from espalier.export.bundle import Bundle
 from espalier.learners.interrupt import JOB
 from espalier.learners.position import epochs_begun
 from espalier.overrides import check_lists, typed
-from espalier.run import EVALUATED, Run
+from espalier.run import Run
 from espalier.targets import check
 
 REPLICATED = "espalier.learners.replication.Replicated"
@@ -154,7 +154,7 @@ def _source(reference: str, task: str) -> Checkpoint | Bundle:
         said = (stored.content.get(name) for name in ("config", "data", "compression"))
         description.require_described("source", exported, *said)
     else:
-        stored = checkpoint.load_run("source", reference, EVALUATED)
+        stored = checkpoint.load_run("source", reference, runs.EVALUATED)
     if missing := [group for group in runs.NETWORK if group not in stored.config]:
         raise ConfigError(f"source={reference}: its configuration has no {' and no '.join(missing)}")
     check(OmegaConf.create({group: stored.config[group] for group in runs.NETWORK}), untrusted=True)

@@ -25,6 +25,8 @@ BEST = "BEST"  # the file that names the best checkpoint beside it; in a list of
 MAX_NAME = 200  # bytes of it that are read
 UNRECORDED = "best.ckpt"  # what it is called where nothing names it
 RESUMED = (LAST, PREVIOUS)
+COMPRESSED = "compressed.ckpt"  # the best one after the methods that work on a trained network
+EVALUATED = (COMPRESSED, BEST, *RESUMED)  # what `source=FOLDER` means, in this order
 BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
