@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import QUICK, Command
-from espalier import catalog, cli, config, overrides, runs, targets
+from espalier import catalog, config, folders, overrides, runs, targets
 from espalier.compression.base import check_recipe
 from espalier.measure import report
 from espalier.prepare import MAY_CHANGE, prepare
@@ -111,7 +111,7 @@ def composed(*words: str) -> DictConfig:
     """As Hydra does it: options first, then values of keys that exist; RUNs are one word, folders have quotes."""
     words = tuple(re.sub("^source=(.*,.*)", r"source='\1'", word) for word in words)
     words = tuple(
-        overrides.folder_word(*word.split("=", 1)) if word.startswith(cli.FOLDERS) else word for word in words
+        overrides.folder_word(*word.split("=", 1)) if word.startswith(folders.FOLDERS) else word for word in words
     )
     values = [
         word

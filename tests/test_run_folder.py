@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from conftest import Command, command
-from espalier import catalog, cli, config, overrides, ownership, runs
+from espalier import catalog, cli, config, folders, overrides, ownership, runs
 from espalier.run import Run
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,progress]")
@@ -179,7 +179,7 @@ def test_a_refused_start_in_the_current_folder_does_not_remove_it(espalier: Comm
 
 def settled(*words: str) -> dict[str, str]:
     """What Hydra reads out of the words of a command once they are settled, by key."""
-    parsed = overrides.parse(cli._settle_runs(words))
+    parsed = overrides.parse(folders.settle(words, cli._task_of(words)))
     return {word.key_or_group: OmegaConf.create({"value": word.value()}).value for word in parsed}
 
 
