@@ -34,7 +34,7 @@ def build_trainer(
     Raises:
         ConfigError: it cannot be built so, or not all of its devices take part.
     """
-    trainer: L.Trainer = build.part(
+    trainer = build.part(
         "trainer",
         node,
         **({"profiler": profiler} if profiler else {}),
