@@ -44,13 +44,13 @@ RELOAD = """
 import sys
 from pathlib import Path
 import torch
-from espalier import checkpoint
+from espalier import checkpoint, networks
 from espalier.config import compose
 from espalier.run import Run
 
 stored = checkpoint.load("source", Path(sys.argv[1]))
 run = Run(compose(["callbacks=[]", "logger=[]"]), [], Path("."), "evaluate")
-network = run.network(stored).eval()
+network = networks.trained(stored).eval()
 x = run.data.samples(100).x
 with torch.no_grad():
     torch.save(network(x), sys.argv[2])

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import QUICK, Command
-from espalier import catalog, cli, config, runs, targets
+from espalier import catalog, config, folders, overrides, runs, targets
 from espalier.compression.base import check_recipe
 from espalier.measure import report
 from espalier.prepare import MAY_CHANGE, prepare
@@ -110,14 +110,16 @@ def options(*words: str) -> DictConfig:
 def composed(*words: str) -> DictConfig:
     """As Hydra does it: options first, then values of keys that exist; RUNs are one word, folders have quotes."""
     words = tuple(re.sub("^source=(.*,.*)", r"source='\1'", word) for word in words)
-    words = tuple(config.folder_word(*word.split("=", 1)) if word.startswith(cli.FOLDERS) else word for word in words)
+    words = tuple(
+        overrides.folder_word(*word.split("=", 1)) if word.startswith(folders.FOLDERS) else word for word in words
+    )
     values = [
         word
         for word in words
         if not word.startswith(("+", "~", "hydra.")) and word.partition("=")[0] not in catalog.groups()
     ]
     cfg = options(*[word for word in words if word not in values]).copy()
-    for value in config.parse(values):
+    for value in overrides.parse(values):
         OmegaConf.update(cfg, value.key_or_group, value.value())
     return cfg
 
@@ -140,9 +142,9 @@ def test_a_documented_command_passes_the_check(text: str):
         return
     if not words:
         return
-    task, *overrides = words
+    task, *others = words
     assert task in catalog.groups()["task"]
-    for trial in config.trials(overrides) if "-m" in flags else [overrides]:
+    for trial in overrides.trials(others) if "-m" in flags else [others]:
         cfg = composed(f"task={task}", *trial)
         assert "-p" not in flags or any(name in cfg for name in flags)
         stored = OmegaConf.to_container(composed("task=train"), resolve=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import QUICK, Command, command
-from espalier import run
+from espalier import build
 from espalier.errors import CONTROL
 from espalier.measure import comparison, frontier
 from unit.test_comparison import Page, row, stored
@@ -109,8 +109,8 @@ def test_a_report_builds_no_part_of_a_run(
     espalier: Command, finished: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ):
     built = []
-    whole = run._build
-    monkeypatch.setattr(run, "_build", lambda key, *args, **kwargs: built.append(key) or whole(key, *args, **kwargs))
+    whole = build.part
+    monkeypatch.setattr(build, "part", lambda key, *args, **kwargs: built.append(key) or whole(key, *args, **kwargs))
     words = ("data=hub_images", "data.path=/nonexistent", "logger=[csv]")
     done = espalier("report", f"source={finished[0]},{finished[1]}", *words)
     assert done.code == 0, done.err

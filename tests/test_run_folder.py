@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from conftest import Command, command
-from espalier import catalog, cli, config, ownership, runs
+from espalier import catalog, cli, config, folders, overrides, ownership, runs
 from espalier.run import Run
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,progress]")
@@ -179,7 +179,7 @@ def test_a_refused_start_in_the_current_folder_does_not_remove_it(espalier: Comm
 
 def settled(*words: str) -> dict[str, str]:
     """What Hydra reads out of the words of a command once they are settled, by key."""
-    parsed = config.parse(cli._settle_runs(words))
+    parsed = overrides.parse(folders.settle(words, cli._task_of(words)))
     return {word.key_or_group: OmegaConf.create({"value": word.value()}).value for word in parsed}
 
 
@@ -195,7 +195,7 @@ def test_a_run_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     place = tmp_path / name
     run, other = trained(place / "run" / name), trained(place / "other")
     monkeypatch.chdir(place)
-    for word in (f"run/{name}", config.quoted(f"run/{name}"), str(run)):
+    for word in (f"run/{name}", overrides.quoted(f"run/{name}"), str(run)):
         assert settled("task=evaluate", f"source={word}")["source"] == str(run)
         resumed = settled("task=train", f"resume={word}")
         assert (resumed["resume"], resumed["hydra.run.dir"]) == (str(run), str(run))
@@ -221,9 +221,9 @@ def test_a_name_that_hydra_would_interpolate_can_be_a_source_alone(espalier: Com
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_message_says_to_type_can_be_typed(tmp_path: Path, name: str):
     run = trained(tmp_path / name)
-    [word] = shlex.split(config.typed("resume", run))
+    [word] = shlex.split(overrides.typed("resume", run))
     assert settled("task=train", word)["resume"] == str(run)
-    [word] = shlex.split(config.typed("data.path", name))
+    [word] = shlex.split(overrides.typed("data.path", name))
     assert settled("task=train", word)["data.path"] == name
 
 

@@ -19,9 +19,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import Command, command
-from espalier import checkpoint, config
-from espalier.prepare import prepare
-from espalier.run import EVALUATED
+from espalier import checkpoint, networks
+from espalier.runs import EVALUATED
 from espalier.spec import DataSpec
 from served import Server, endless_bundle, linear_bundle, serving
 
@@ -78,11 +77,10 @@ def png(pixels: np.ndarray) -> bytes:
 def test_it_answers_what_the_trained_network_says_in_torch(server: Server, runs: Path) -> None:
     [trained] = runs.glob("logs/train/*")
     stored = checkpoint.load_run("source", str(trained), EVALUATED)
-    run = prepare(config.compose(["task=evaluate", f"source={trained}"]), [], runs / "none", "evaluate")
     raw = load_digits().data[:50].reshape(-1, 1, 8, 8)
     x = (torch.tensor(raw, dtype=torch.float32) / 16 - stored.spec.mean[0]) / stored.spec.std[0]
     with torch.no_grad():
-        expected = run.network(stored).eval()(x).softmax(1)
+        expected = networks.trained(stored).eval()(x).softmax(1)
     predictions = server.predict(raw)
     given = torch.tensor([list(each["probabilities"].values()) for each in predictions])
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)

@@ -31,7 +31,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
-from espalier import checkpoint
+from espalier import checkpoint, networks
 from espalier.compression.base import finalize
 from espalier.config import compose
 from espalier.export import deployed, onnx
@@ -209,7 +209,7 @@ def peers(folder: Path) -> None:
         )
         shape = run.data.spec.shape
         files = {"fp32": Path(name) / "fp32.onnx"}
-        onnx.write(run.network(stored).eval(), shape, files["fp32"])
+        onnx.write(networks.trained(stored).eval(), shape, files["fp32"])
         files["ONNX Runtime static PTQ"] = ort_static(
             files["fp32"], run.data.samples(512).x, Path(name) / "static.onnx"
         )
@@ -231,7 +231,7 @@ def torch_pruning_alone(run: Run, stored: checkpoint.Checkpoint, target: Path) -
     """What its documentation shows: half of the channels by group norm, then the same fine-tuning without a teacher."""
     import torch_pruning
 
-    model = run.network(stored)
+    model = networks.trained(stored)
     pruner = torch_pruning.pruner.BasePruner(
         model,
         torch.zeros(1, *run.data.spec.shape),

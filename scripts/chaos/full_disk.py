@@ -19,7 +19,7 @@ from training import Training
 
 from espalier import checkpoint
 from espalier.errors import ConfigError
-from espalier.run import RESUMED
+from espalier.runs import RESUMED
 
 DISK = "64m"
 WORDS = ("train", "model=mlp", "model.hidden=[256,256]", "callbacks=[checkpoint,monitor]", "logger=[csv]")

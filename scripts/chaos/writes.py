@@ -19,7 +19,7 @@ from training import Training
 
 from espalier import checkpoint
 from espalier.errors import ConfigError
-from espalier.run import RESUMED
+from espalier.runs import RESUMED
 
 OTHER_DISK = Path("/dev/shm")
 STATE_BYTES = 52e6

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from espalier import archive, catalog, description, runs, storage
 from espalier.compression.base import Entry
-from espalier.config import typed
 from espalier.errors import ConfigError, EspalierError
+from espalier.overrides import typed
 from espalier.spec import DataSpec
 
 VERSION = 1

@@ -4,22 +4,19 @@ The verb is sugar for `task=TASK` and stays in `sys.argv` in that form, because 
 Torch and Lightning are imported inside `_job`, after the configuration has composed.
 """
 
-import atexit
 import logging
 import os
 import shutil
 import sys
-import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import catalog, guide, launch, launchers, ownership, secret, signals, terminal
+from espalier import catalog, guide, launch, launchers, secret, signals, terminal
 from espalier.errors import ConfigError, EspalierError, StoppedError
 
 if TYPE_CHECKING:
@@ -32,9 +29,7 @@ TAKES_VALUE = frozenset(
 )
 FLAGS = TAKES_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version"}
 NOT_RESULTS = frozenset({"run.log", "config.yaml", "overrides.yaml", "provenance.json"})
-LEAVES_NOTHING = ("serve",)  # tasks that take over no folder
 TRIALS_FAILED = 3
-FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -115,14 +110,12 @@ def _version() -> str:
 def _compose_and_run() -> int:
     import hydra
 
-    from espalier import config
+    from espalier import config, folders
 
     _refuse_unsafe_loading()
     flags, words = _split_flags(sys.argv[1:])
     secret.refuse(words)
-    global _may_begin_again
-    _may_begin_again = "resume=auto" in words
-    words = _settle_runs(words)
+    words = folders.settle(words, _task_of(words))
     sys.argv[1:] = [*flags, *words]  # argparse takes no overrides on both sides of a flag
     multirun = bool({"-m", "--multirun"} & set(flags))
     if multirun:
@@ -131,7 +124,7 @@ def _compose_and_run() -> int:
                 f"{shown.pop()}: shows the configuration of one run; drop -m, and say one value of each key"
             )
         _check_trials(words)
-    _require_unused(words, multirun=multirun)
+    folders.require_unused(words, multirun=multirun)
     _ended.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit 1; we translate and choose the code
     application = hydra.main(config_path=str(catalog.CONF), config_name="config", version_base="1.3")(_job)
@@ -171,92 +164,17 @@ def _split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def _settle_runs(words: Sequence[str]) -> list[str]:
-    """Name RUNs by their absolute path, so that DDP children agree, and send a resumed run to its own folder."""
-    from espalier import config, runs
-
-    if "resume=auto" in words:
-        begun = runs.begun(words)
-        dropped = ("resume=", "source=") if begun else ("resume=",)  # a run that goes on has its source's weights
-        words = [word for word in words if not word.startswith(dropped)]
-        words += [f"resume={config.quoted(str(begun))}"] if begun else []
-    settled = list(words)
-    task = _task_of(words, "")
-    holds = runs.BUNDLE if task in runs.TAKES_BUNDLE else "report.json" if task == "report" else "checkpoints"
-    for place, word in enumerate(words):
-        key, _, value = word.partition("=")
-        if key == "resume" and value not in ("", "null"):
-            path = runs.find(key, config.unquoted(value)).resolve()
-            path = path.parent.parent if path.is_file() else path
-            if "${" in str(path):
-                raise ConfigError(
-                    f"{key}={path}: ${{...}} in the name of a run folder is read as an interpolation; rename it"
-                )
-            settled[place] = f"{key}={config.quoted(str(path))}"
-            settled.append(f"hydra.run.dir={config.quoted(str(path))}")
-        if key == "source" and value not in ("", "null"):
-            named = [config.unquoted(run) for run in runs.split(config.unquoted(value))]
-            paths = [str(_find(run, holds).resolve()) for run in named]
-            several = [",".join(paths)] if task in runs.TAKES_SEVERAL else paths  # else Hydra asks for -m
-            settled[place] = f"{key}={','.join(map(config.quoted, several))}"
-        if key in FOLDERS:
-            settled[place] = config.folder_word(key, value)
-    if launchers.rank() > 0:
-        settled.append("hydra/job_logging=none")
-        if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
-            own = tempfile.mkdtemp(prefix="espalier_rank_")
-            atexit.register(shutil.rmtree, own, ignore_errors=True)
-            settled += [f"{key}={config.quoted(own)}" for key in FOLDERS]
-    return settled
-
-
-def _task_of(words: Sequence[str], default: str = "train") -> str:
-    return next((word.removeprefix("task=") for word in words if word.startswith("task=")), default)
-
-
-def _find(source: str, holds: str | Path) -> Path:
-    from espalier import runs
-
-    if "://" not in source or holds != "checkpoints":
-        return runs.find("source", source, holds)
-    from espalier import remote
-
-    return remote.fetch("source", source)
-
-
-def _require_unused(words: Sequence[str], *, multirun: bool) -> None:
-    """Refuse a folder that another run has filled before Hydra writes there; `_owned` looks once more."""
-    from espalier import config
-
-    said = dict(word.split("=", 1) for word in words if "=" in word)
-    folder = Path(config.unquoted(said.get(FOLDERS[multirun], "")))
-    if said.get("resume", "null") not in ("", "null") or not folder.is_dir() or folder == Path():
-        return
-    for each in [trial for trial in folder.iterdir() if trial.is_dir()] if multirun else [folder]:
-        _refuse_used(each, said.get("task", "train"), is_trial=multirun)
-
-
-def _refuse_used(folder: Path, task: str, *, is_trial: bool) -> None:
-    """Raise `ConfigError` where a run of this process would overwrite another; ranks of a run share one folder."""
-    is_first = launchers.rank() == 0 and not launch.is_rank()
-    if task not in LEAVES_NOTHING and (is_first or (task in catalog.TRAINS and not launch.is_rank())):
-        ownership.require_unused(folder, task, may_begin_again=_may_begin_again, is_trial=is_trial)
-
-
-def _owned(folder: Path, task: str, *, is_resumed: bool, is_trial: bool) -> AbstractContextManager[None]:
-    """Lock the folder of a run, by the first of its processes, and look whether another was quicker."""
-    if task in LEAVES_NOTHING or launchers.rank() > 0 or launch.is_rank():
-        return nullcontext()
-    return ownership.locked(folder, None if is_resumed else lambda: _refuse_used(folder, task, is_trial=is_trial))
+def _task_of(words: Sequence[str]) -> str:
+    return next((word.removeprefix("task=") for word in words if word.startswith("task=")), "train")
 
 
 def _check_trials(words: Sequence[str]) -> None:
     """Compose every value of a sweep before the first trial starts."""
-    from espalier import config
+    from espalier import config, overrides
 
     problems: dict[str, None] = {}
     task = _task_of(words)
-    for trial in config.trials(words):
+    for trial in overrides.trials(words):
         try:
             trainer = config.compose(trial).trainer
         except ConfigError as error:
@@ -288,7 +206,6 @@ class Ended:
 
 
 _ended: list[Ended] = []
-_may_begin_again = False  # resume=auto: what ended before its first checkpoint is overwritten
 
 
 def _job(cfg: "DictConfig") -> float | None:
@@ -301,6 +218,8 @@ def _job(cfg: "DictConfig") -> float | None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
+    from espalier import folders
+
     job = HydraConfig.get()
     is_trial = job.mode == RunMode.MULTIRUN
     folder = Path(job.runtime.output_dir)
@@ -312,7 +231,7 @@ def _job(cfg: "DictConfig") -> float | None:
     if launchers.rank() == 0:
         terminal.say_when_closed(f"espalier: nobody reads what is printed any more; {task} goes on in {folder}")
     try:
-        with _owned(folder, task, is_resumed=bool(cfg.resume), is_trial=is_trial):
+        with folders.owned(folder, task, is_resumed=bool(cfg.resume), is_trial=is_trial):
             _announce(cfg, task, job.runtime.choices, folder)
             num_ranks = 1 if is_trial or launchers.find() else _num_cpus(cfg, task)
             if num_ranks == 1:
@@ -378,9 +297,9 @@ def _num_cpus(cfg: "DictConfig", task: str) -> int:
 
 def _words_for_ranks(folder: Path) -> list[str]:
     """The command line as this process has settled it, and the folder that all of them share."""
-    from espalier import config
+    from espalier import overrides
 
-    shared = config.quoted(str(folder.resolve()))
+    shared = overrides.quoted(str(folder.resolve()))
     return [*sys.argv[1:], f"hydra.run.dir={shared}", *({"--traceback"} & set(sys.orig_argv))]
 
 

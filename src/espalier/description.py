@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.config import typed
 from espalier.errors import ConfigError
+from espalier.overrides import typed
 from espalier.spec import DataSpec
 
 MAX_DEPTH = 64

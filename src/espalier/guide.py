@@ -63,14 +63,14 @@ def candidates(typed: Sequence[str], word: str, tasks: Sequence[str]) -> list[st
     group, equals, start = word.rpartition("=")
     if equals:
         return [f"{group}={option}" for option in groups.get(group, []) if option.startswith(start)]
-    from espalier import config
+    from espalier import config, hints
 
     overrides = [text if "=" in text else f"task={text}" for text in typed if "=" in text or text in tasks]
     try:
         composed = config.compose(overrides)
     except ConfigError:  # an earlier word is wrong; the defaults help all the same
         composed = config.compose()
-    keys = [key for key in config.keys(composed) if key.startswith(word)]
+    keys = [key for key in hints.keys(composed) if key.startswith(word)]
     level = word.count(".")  # one level of names at a time, as for folders
     names = {f"{name}=" for name in [*groups, *keys] if name.startswith(word) and name.count(".") == level}
     return sorted(names | {f"{key}." for key in _parents(keys) if key.count(".") == level})

@@ -14,6 +14,7 @@ import torch
 from espalier.data.loaders import Order
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError
+from espalier.spec import DataSpec
 
 FEW_BATCHES = 10  # per epoch; with fewer, batch statistics and schedules are coarse
 MUCH_LEFT_OUT = 0.05  # of the training samples, in each epoch
@@ -92,6 +93,14 @@ def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool) -> Pla
     return Plan(
         sizes, trainer.world_size, data.batch_size, num_batches, num_train, per_epoch, min(limits) if limits else None
     )
+
+
+def line(planned: Plan, trainer: L.Trainer, spec: DataSpec) -> str:
+    """Return what the user reads before the first epoch: device, data, steps."""
+    outputs = f"{spec.num_classes} classes" if spec.num_classes else "one number"
+    samples, steps = planned.lines
+    shape = " x ".join(map(str, spec.shape))
+    return f"{device(trainer)}; {spec.name}: {samples} of {shape}, {outputs}; {steps}"
 
 
 def require_test(trainer: L.Trainer, data: DataModule, split: str) -> None:

@@ -18,13 +18,13 @@ from espalier import checkpoint, description, global_batch, launchers, runs, sec
 from espalier.catalog import TRAINS
 from espalier.checkpoint import Checkpoint
 from espalier.compression.base import check_recipe
-from espalier.config import check_lists, typed
 from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
 from espalier.learners.interrupt import JOB
 from espalier.learners.position import epochs_begun
-from espalier.run import EVALUATED, Run
+from espalier.overrides import check_lists, typed
+from espalier.run import Run
 from espalier.targets import check
 
 REPLICATED = "espalier.learners.replication.Replicated"
@@ -154,7 +154,7 @@ def _source(reference: str, task: str) -> Checkpoint | Bundle:
         said = (stored.content.get(name) for name in ("config", "data", "compression"))
         description.require_described("source", exported, *said)
     else:
-        stored = checkpoint.load_run("source", reference, EVALUATED)
+        stored = checkpoint.load_run("source", reference, runs.EVALUATED)
     if missing := [group for group in runs.NETWORK if group not in stored.config]:
         raise ConfigError(f"source={reference}: its configuration has no {' and no '.join(missing)}")
     check(OmegaConf.create({group: stored.config[group] for group in runs.NETWORK}), untrusted=True)

@@ -1,80 +1,51 @@
 """The composition root: the one place where configuration becomes objects, each built when it is first asked for."""
 
-import inspect
-import json
 import logging
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.precision import HalfPrecision
-from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from espalier import checkpoint, global_batch, plan, runs, secret, seeding, terminal
+from espalier import (
+    build,
+    checkpoint,
+    lightning_trainer,
+    networks,
+    origin,
+    plan,
+    results,
+    runs,
+    secret,
+    seeding,
+    shortage,
+    terminal,
+)
 from espalier.callbacks.guarded import Guarded, guarded
-from espalier.callbacks.monitor import Monitor
-from espalier.callbacks.wandb_log import log_report
 from espalier.catalog import TRAINS
 from espalier.checkpoint import Checkpoint, CheckpointIO
-from espalier.compression.base import (
-    Compression,
-    Entry,
-    Stage,
-    replay,
-    stage_of,
-    without_teacher,
-)
+from espalier.compression.base import Compression, Entry, Stage, replay, stage_of, without_teacher
 from espalier.compression.masks import KeepMasks
-from espalier.config import nearest
 from espalier.data.module import DataModule
-from espalier.errors import ConfigError, EspalierError, StoppedError
+from espalier.errors import ConfigError, StoppedError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
-from espalier.export.deployed import Deployable
-from espalier.learners.environment import environments
+from espalier.hints import nearest
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
-from espalier.learners.position import FitLoop
-from espalier.learners.precision import HalfNetwork
-from espalier.measure import cost, figures, provenance, report
+from espalier.measure import cost
 from espalier.optim.build import require_step
-from espalier.runs import BEST, RESUMED
-from espalier.spec import DataSpec, Report
-from espalier.storage import DISK_IS_FULL
-from espalier.targets import check
+from espalier.spec import Report
 
-for name in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(name).setLevel(logging.WARNING)
-for not_for_users in (
-    ".*isinstance.treespec, LeafSpec",  # Lightning 2.6 under torch 2.13
-    ".*does not have many workers",  # tensors in memory need none
-    "The number of training batches",  # epochs shorter than log_every_n_steps are logged at their end
-    "It is recommended to use `self.log",  # torchmetrics has summed over ranks already
-    "The `srun` command is available",  # and `launchers.py` knows whether it was used
-    "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
-):
-    warnings.filterwarnings("ignore", not_for_users)
-
-COMPRESSED = "compressed.ckpt"  # best.ckpt after the methods that work on a trained network
-EVALUATED = (COMPRESSED, BEST, *RESUMED)  # what `source=FOLDER` means, in this order
+terminal.hush_lightning()
 log = logging.getLogger(__name__)
-
-PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-PROFILE = "profile"  # in the names of their files
-TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed", "numel: integer multiplication overflow")
-CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for this error
 
 
 @dataclass(frozen=True)
@@ -100,14 +71,14 @@ class Run:
 
     @cached_property
     def data(self) -> DataModule:
-        data: DataModule = _build("data", self.cfg.data, seed=self.cfg.seed)
+        data: DataModule = build.part("data", self.cfg.data, seed=self.cfg.seed)
         if self.task != "train":
             for source in self.sources:
-                require_same_data("source", data, source)
+                origin.require_same_data("source", data, source)
             if self.sources:
                 data.normalise_as(self.sources[0].spec)
         if self.resumed:
-            require_same_samples(data, self.resumed)
+            origin.require_same_samples(data, self.resumed)
         _ = data.splits  # which writes the notes
         for line in data.notes:
             self.say(line)
@@ -126,7 +97,7 @@ class Run:
     @cached_property
     def _start(self) -> tuple[nn.Module, list[Entry]]:
         torch.manual_seed(seeding.key(self.cfg.seed))
-        model = _new_model(self.cfg.model, self.data.spec)
+        model = build.model(self.cfg.model, self.data.spec)
         if self.resumed:  # its weights are loaded by Lightning
             return replay(model, self.resumed.ledger), self.resumed.ledger
         if self.source is None:
@@ -158,7 +129,7 @@ class Run:
         }
         recipe: list[Compression] = []
         for name, node in self.cfg.compression.items():
-            method: Compression = _build(f"compression.{name}", node, **supplied)
+            method: Compression = build.part(f"compression.{name}", node, **supplied)
             method.ledger = self.ledger
             method.is_applied = bool(self.resumed) and method.trains
             if not method.is_applied:
@@ -176,33 +147,13 @@ class Run:
         Raises:
             ConfigError: there is none, or it was trained on other data.
         """
-        if reference == "source" and not self.cfg.source:
-            raise ConfigError(f"{key}=source: this run starts from no source; name the RUN of the teacher")
-        stored = checkpoint.load_run(key, self.cfg.source if reference == "source" else reference, EVALUATED)
-        require_same_data(key, self.data, stored)
+        stored = networks.of_teacher(key, reference, self.cfg.source, self.data)
         self.say(f"{key}: {stored.said}")
-        return self.deployable(stored).module.requires_grad_(False)
-
-    def network(self, stored: Checkpoint) -> nn.Module:
-        """The network of a checkpoint as it was trained: masks, adapters and quantizers in place."""
-        model = replay(_stored_model(stored), stored.ledger)
-        checkpoint.load_weights(model, stored)
-        return model
-
-    def deployable(self, stored: Checkpoint) -> Deployable:
-        """The network of a checkpoint as it is shipped, beside what it was trained as."""
-        return deployed.deployable(self.network(stored), stored.ledger)
-
-    def float_network(self, stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
-        """The same weights without the quantizers, and the ledger of that."""
-        ledger = [entry for entry in stored.ledger if stage_of(entry["method"]) < Stage.QUANTIZE]
-        model = replay(_stored_model(stored), ledger)
-        checkpoint.load_fitting_weights(model, stored)
-        return model, ledger
+        return networks.deployable(stored).module.requires_grad_(False)
 
     @cached_property
     def learner(self) -> Learner:
-        return _build(
+        return build.part(
             "learner",
             self.cfg.learner,
             model=self.model,
@@ -216,7 +167,7 @@ class Run:
     def callbacks(self) -> list[L.Callback]:
         supplied = {"monitor": self.learner.monitor, "mode": self.learner.mode, "dirpath": self.folder / "checkpoints"}
         watching = [
-            _build(f"callbacks.{name}", node, **{**supplied, **self._chosen_metric(f"callbacks.{name}", node)})
+            build.part(f"callbacks.{name}", node, **{**supplied, **self._chosen_metric(f"callbacks.{name}", node)})
             for name, node in self.cfg.callbacks.items()
         ]
         was_masked = any(stage_of(entry["method"]) == Stage.MASK for entry in self.ledger)
@@ -244,46 +195,15 @@ class Run:
     def loggers(self) -> list[Guarded]:
         step = self.resumed.content["global_step"] if self.resumed else None
         supplied = {"folder": self.folder, "run_name": self.folder.name, "resumed_step": step}
-        return [guarded(partial(_build, f"logger.{name}", node, **supplied)) for name, node in self.cfg.logger.items()]
+        return [
+            guarded(partial(build.part, f"logger.{name}", node, **supplied)) for name, node in self.cfg.logger.items()
+        ]
 
     @cached_property
     def trainer(self) -> L.Trainer:
-        trainer = _build(
-            "trainer",
-            self.cfg.trainer,
-            **self._profiler(),
-            callbacks=self.callbacks,
-            logger=self.loggers,
-            plugins=[self.checkpoint_io, *environments()],
-            default_root_dir=self.folder,
-            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks),
-            enable_progress_bar=False,  # conf/callbacks/progress.yaml and summary.yaml stand for Lightning's own
-            enable_model_summary=False,
-            num_sanity_val_steps=0,  # a resumed run would skip them, an unbroken one not
-            use_distributed_sampler=False,  # data/loaders.py shards, and loses or repeats no sample
-        )
-        trainer.fit_loop = FitLoop(trainer)
-        # At SIGTERM Lightning would wait for all ranks, inside of the handler and wherever they are.
-        trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
-        # It would ask the first rank for that before every batch, and wait for the answer (learners/interrupt.py).
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        actual, wanted = trainer.world_size, trainer.num_devices * trainer.num_nodes
-        if actual != wanted:  # each of them would train and be tested on its part of the data alone
-            raise ConfigError(f"trainer.devices: {wanted} in all, but only {actual} take part in this run")
-        if isinstance(trainer.precision_plugin, HalfPrecision):
-            trainer.strategy.precision_plugin = HalfNetwork(trainer.precision_plugin.precision)
-        return trainer
-
-    def _profiler(self) -> dict[str, Profiler]:
-        """Lightning's profiler of that name, which writes into the run folder; none where there is no name."""
-        name = self.cfg.trainer.get("profiler")
-        if not isinstance(name, str):
-            return {}
-        if name not in PROFILERS:
-            raise ConfigError(
-                f"trainer.profiler={name}: no such profiler; it is one of {', '.join(PROFILERS)}, or null"
-            )
-        return {"profiler": PROFILERS[name](dirpath=self.folder, filename=PROFILE)}
+        node, folder = self.cfg.trainer, self.folder
+        profiler = lightning_trainer.profiler_of(node, folder)
+        return lightning_trainer.build_trainer(node, profiler, self.callbacks, self.loggers, self.checkpoint_io, folder)
 
     @property
     def has_trained(self) -> bool:
@@ -306,25 +226,14 @@ class Run:
             EspalierError: memory or disk did not suffice, or the training diverged.
         """
         try:
-            self._introduce()
-            instantiate(self.cfg.task, _partial_=True)(self)
-            return self.best_score if self.has_trained else None
+            with shortage.explained(self.folder, self.cfg.data):
+                self._introduce()
+                instantiate(self.cfg.task, _partial_=True)(self)
+                return self.best_score if self.has_trained else None
         except StoppedError:
             if self.cfg.requeue and is_first_rank():
                 requeue()
             raise
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
-                raise
-            raise EspalierError(
-                f"out of memory: {str(error).splitlines()[0]}; try a data.batch_size below {self.cfg.data.batch_size} "
-                "with as much more trainer.accumulate_grad_batches, or trainer.precision=bf16-mixed"
-            ) from error
-        except OSError as error:
-            if error.errno not in DISK_IS_FULL:
-                raise
-            where = error.filename or self.folder
-            raise EspalierError(f"{where}: not written, {error.strerror}; make room") from error
         finally:
             for logger in self.__dict__.get("loggers", []):  # those that were built
                 logger.close()
@@ -336,29 +245,8 @@ class Run:
         if self.resumed is None:
             return
         self.say(f"resume: {self.resumed.said}")
-        before, now = global_batch.of(self.resumed.content), self._split
-        if before and now and now != before:
-            self.say(f"goes on with {now}, after {before}: {now.samples_of_step} in a step, as before")
-        kept = () if before is None else runs.DEVICES if before == now else (*runs.DEVICES, *runs.BATCHES)
-        changes = runs.changes(self.resumed.config, self.cfg, but=kept)
-        if changes:
-            self.say(f"goes on, but is no longer the run it was: {', '.join(changes)}")
-        if self.resumed.content.get("has_stopped"):
-            self.say(
-                "its training had stopped by itself, so no more is trained; "
-                f"to train its network further: espalier train source={self.folder}"
-            )
-
-    @property
-    def _split(self) -> global_batch.Split | None:
-        """How the samples of a step are spread now; None where the checkpoint that this goes on from does not say."""
-        before = global_batch.of(self.resumed.content) if self.resumed else None
-        return before and replace(
-            before,
-            num_devices=self.trainer.world_size,
-            batch_size=self.cfg.data.batch_size,
-            accumulate=self.cfg.trainer.accumulate_grad_batches,
-        )
+        for line in origin.remarks(self.resumed, self.cfg, self.folder, lambda: self.trainer.world_size):
+            self.say(line)
 
     def fit(self) -> Path | None:
         """Train, then apply what works on a trained network; the checkpoint of the result, None where none is kept.
@@ -369,7 +257,7 @@ class Run:
         weights = None
         if self.task == "train" or len(late) < len(self.compressions):
             self.trainer.fit(self.learner, self.data, ckpt_path=self.resumed.path if self.resumed else None)
-            weights = self.best_checkpoint or self.last_checkpoint or self.learner.save_last()
+            weights = lightning_trainer.kept(self.trainer) or self.learner.save_last()
         if not late and (weights or self.task == "train"):
             return weights
         if weights:
@@ -377,7 +265,7 @@ class Run:
         for method in late:
             self.learner.model, entry = method.apply_to(self.learner.model)
             self.ledger.append(entry)
-        weights = self.folder / "checkpoints" / COMPRESSED
+        weights = self.folder / "checkpoints" / runs.COMPRESSED
         if is_first_rank():
             self.checkpoint_io.save_network(self.learner.model, weights)
         return weights
@@ -389,41 +277,19 @@ class Run:
         return {name.replace("test/", f"{split}/"): value for name, value in values.items()}
 
     @property
-    def best_checkpoint(self) -> Path | None:
-        """The checkpoint that this run's training found best; None where it saved nothing."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        return Path(best) if best and Path(best).is_file() else None
-
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """The checkpoint of its last step; None where it saved none."""
-        keeper = self.trainer.checkpoint_callback
-        if isinstance(keeper, ModelCheckpoint) and keeper.save_last and self.trainer.global_step > 0:
-            return Path(keeper.last_model_path)
-        return None
-
-    @property
     def best_score(self) -> float | None:
         """The monitored metric of the best checkpoint; None where nothing was saved."""
-        score = getattr(self.trainer.checkpoint_callback, "best_model_score", None)
-        return None if score is None else float(score)
+        return lightning_trainer.best_score(self.trainer)
 
     def cost(self, weights: Path | None) -> dict[str, Any]:
         """Name, runtime and counted cost of the network in a checkpoint file, or of the present one."""
-        model = self.network(checkpoint.load("source", weights)) if weights else self.learner.model
+        model = networks.trained(checkpoint.load("source", weights)) if weights else self.learner.model
         return {
             "name": str(self.cfg.model._target_).rpartition(".")[2],
             "runtime": "torch",
             **cost.counts(model, self.data.spec.shape),
             **({"size_bytes": cost.size_bytes(weights)} if weights else {}),
         }
-
-    def speed(self) -> dict[str, float]:
-        """Seconds and throughput of the training so far; empty without the monitor."""
-        for callback in self.callbacks:
-            if isinstance(callback, Monitor):
-                return {"seconds": callback.train_seconds, "samples_per_second": callback.samples_per_second}
-        return {}
 
     def record(self) -> None:
         """Write down what this run is made of: config, overrides, provenance."""
@@ -433,12 +299,7 @@ class Run:
             logger.log_hyperparams(self._plain_config())
         if not is_first_rank():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            (self.folder / "metrics.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        OmegaConf.save(OmegaConf.create(self._plain_config()), self.folder / "config.yaml")
-        OmegaConf.save(OmegaConf.create(secret.scrub_words(self.words)), self.folder / "overrides.yaml")
-        (self.folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
+        results.record(self.folder, self._plain_config(), self.words, is_resumed=self.resumed is not None)
 
     def _announce(self) -> None:
         """Say what is about to be trained, and what is odd about it.
@@ -455,11 +316,8 @@ class Run:
             require_step(self.learner.optimizer_factory, self.learner.model)
         except ValueError as error:
             raise ConfigError(f"optimizer: {error}") from error
-        planned, spec = plan.of_training(self.trainer, self.data, is_tested=self.task == "train"), self.data.spec
-        outputs = f"{spec.num_classes} classes" if spec.num_classes else "one number"
-        samples, steps = planned.lines
-        shape = " x ".join(map(str, spec.shape))
-        self.say(f"{plan.device(self.trainer)}; {spec.name}: {samples} of {shape}, {outputs}; {steps}")
+        planned = plan.of_training(self.trainer, self.data, is_tested=self.task == "train")
+        self.say(plan.line(planned, self.trainer, self.data.spec))
         for warning in planned.warnings if is_first_rank() else ():
             log.warning(warning)
 
@@ -471,89 +329,17 @@ class Run:
         found = self.data.notes if "data" in self.__dict__ else []
         done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, [*notes, *found])
         if is_first_rank():
-            self._draw(rows)
-            for logger in self.loggers:
-                log_report(logger, done)
-            report.write(done, self.folder)  # last: a folder with a report is a finished run
-            console = terminal.console()
-            console.print(report.table(done, console.width))
-            for profile in sorted(self.folder.glob(f"*-{PROFILE}.txt")):
-                self.say(f"profile: {profile}")
-            self.say(f"report: {self.folder / report.MARKDOWN_NAME}")
+            tables = self.learner.measured.get("test", {}) if "learner" in self.__dict__ else {}
+            results.draw(done, self.folder, tables, self.data.spec.class_names if tables else ())
+            results.publish(done, self.folder, self.loggers)
         return done
-
-    def _draw(self, rows: list[dict[str, Any]]) -> None:
-        folder = self.folder / "figures"
-        folder.mkdir(exist_ok=True)
-        if (self.folder / "metrics.csv").exists() and self.task in TRAINS:
-            figures.curves(self.folder / "metrics.csv", folder / "curves.png")
-        if self.task == "compress":
-            figures.trade_off(rows, folder / "trade_off.png")
-        tables = self.learner.measured.get("test", {}) if "learner" in self.__dict__ else {}
-        if "test/confusion_KK" in tables:
-            names = self.data.spec.class_names
-            figures.confusion_matrix(tables["test/confusion_KK"], names, folder / "confusion.png")
-        if "test/pairs_N2" in tables:
-            predicted, true = tables["test/pairs_N2"].unbind(1)
-            figures.predicted_vs_true(predicted, true, folder / "predictions.png")
 
     def say(self, line: str) -> None:
         """One line for the user, from the first rank alone."""
         if is_first_rank():
-            terminal.console(soft_wrap=True).print(terminal.printable(line))
+            terminal.say(line)
 
 
 def is_first_rank() -> bool:
     """Whether this process is the one that writes and speaks."""
     return getattr(rank_zero_only, "rank", None) in (None, 0)
-
-
-def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -> None:
-    """Raise `ConfigError` if samples or classes are not those that the source was trained with."""
-    now, then = data.spec, source.spec
-    if (now.shape, now.class_names) != (then.shape, then.class_names):
-        raise ConfigError(
-            f"{key}={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
-            f"but data is {now.name} {now.shape} with {now.num_outputs}"
-        )
-
-
-def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:
-    """Raise `ConfigError` if a run cannot go on as it began, because its data have changed since."""
-    now, then = data.spec, resumed.spec
-    if (now.shape, now.class_names, now.class_counts) != (then.shape, then.class_names, then.class_counts):
-        raise ConfigError(
-            f"resume={resumed.path}: began with {sum(then.class_counts)} training samples of {then.num_outputs} "
-            f"outputs, and the data have {sum(now.class_counts)} of {now.num_outputs} now; bring them back as they "
-            "were, or start a new run with source="
-        )
-
-
-def _new_model(node: DictConfig, spec: DataSpec) -> nn.Module:
-    return _build("model", node, input_shape=spec.shape, num_outputs=spec.num_outputs)
-
-
-def _stored_model(stored: Checkpoint) -> nn.Module:
-    """Of a checkpoint, which may name only what is trusted, wherever it was read."""
-    node = OmegaConf.create({"model": stored.config.get("model")})
-    check(node, untrusted=True)
-    return _new_model(node.model, stored.spec)
-
-
-def _build(key: str, node: DictConfig, **supplied: Any) -> Any:
-    """The object that a config node describes, given the arguments of `targets.SUPPLIED` that it accepts.
-
-    Raises:
-        ConfigError: the object refuses its arguments; the message names `key`.
-    """
-    secret.require_told(OmegaConf.to_container(node, resolve=True), key)
-    factory = instantiate(node, _partial_=True, _convert_="all")
-    accepted = inspect.signature(factory.func).parameters
-    try:
-        return factory(**{name: value for name, value in supplied.items() if name in accepted})
-    except (ValueError, TypeError, ImportError, MisconfigurationException, InstantiationException) as error:
-        raise ConfigError(f"{key}: {error}") from error
-    except RuntimeError as error:
-        if not any(reason in str(error) for reason in TOO_LARGE):
-            raise
-        raise ConfigError(f"{key}: does not fit into memory, {str(error).splitlines()[0]}") from error

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from espalier import secret
-from espalier.config import RunConfig, at_home, parse, unquoted
+from espalier.config import RunConfig
 from espalier.errors import ConfigError
+from espalier.overrides import at_home, parse, unquoted
 
 LOGS = Path("logs")
 CHANGES = re.compile(r"\$\{(?!oc\.env:)")  # from start to start, or with other words than those of the folder
@@ -24,6 +25,8 @@ BEST = "BEST"  # the file that names the best checkpoint beside it; in a list of
 MAX_NAME = 200  # bytes of it that are read
 UNRECORDED = "best.ckpt"  # what it is called where nothing names it
 RESUMED = (LAST, PREVIOUS)
+COMPRESSED = "compressed.ckpt"  # the best one after the methods that work on a trained network
+EVALUATED = (COMPRESSED, BEST, *RESUMED)  # what `source=FOLDER` means, in this order
 BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
-from espalier.config import advice
 from espalier.errors import ConfigError
+from espalier.hints import advice
 from espalier.ranges import INT64, Count, Index, Limit, NonNegative, Positive, Rate, Share
 
 # Arguments that the program itself supplies, so that no size or path is configured twice.

@@ -6,8 +6,10 @@ colons an emoji, no byte a command to the terminal.
 
 import errno
 import io
+import logging
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from espalier.errors import CONTROL
@@ -16,6 +18,14 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
     from rich.console import Console
 
+NOT_FOR_USERS = (  # warnings of Lightning
+    ".*isinstance.treespec, LeafSpec",  # Lightning 2.6 under torch 2.13
+    ".*does not have many workers",  # tensors in memory need none
+    "The number of training batches",  # epochs shorter than log_every_n_steps are logged at their end
+    "It is recommended to use `self.log",  # torchmetrics has summed over ranks already
+    "The `srun` command is available",  # and `launchers.py` knows whether it was used
+    "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
+)
 IS_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe; the terminal
 FORGIVING = {"stdout": "replace", "stderr": "backslashreplace"}  # letters that the encoding lacks
 STANDARD = {"stdout": 1, "stderr": 2}  # file descriptors
@@ -30,9 +40,22 @@ def console(*, soft_wrap: bool = False) -> "Console":
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
 
 
+def say(line: str) -> None:
+    """Print one line for the user, as long as it is."""
+    console(soft_wrap=True).print(printable(line))
+
+
 def printable(text: str) -> str:
     """Return the text without what would command the terminal: `?` in its place."""
     return CONTROL.sub("?", text)
+
+
+def hush_lightning() -> None:
+    """Print no more of Lightning's messages that no user can act on; called once it is imported."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message)
 
 
 def keep_open() -> None:

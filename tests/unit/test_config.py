@@ -7,7 +7,7 @@ import pytest
 from annotated_types import Ge
 from omegaconf import OmegaConf
 
-from espalier import catalog, config, runs, targets
+from espalier import catalog, config, overrides, runs, targets
 from espalier.errors import ConfigError
 from espalier.ranges import Count, Positive, Rate
 
@@ -171,7 +171,7 @@ def test_the_name_of_a_class_or_of_something_inside_it_is_found():
 
 def test_each_swept_value_is_composed_once():
     words = ["model=mlp,cnn", "seed=range(0,3)", "trainer.max_epochs=1", "optimizer.betas=[0.9,0.99]"]
-    found = [set(trial) for trial in config.trials(words)]
+    found = [set(trial) for trial in overrides.trials(words)]
     kept = {"trainer.max_epochs=1", "optimizer.betas=[0.9,0.99]"}
     assert all(kept <= trial for trial in found)
     assert {word for trial in found for word in trial - kept} == {

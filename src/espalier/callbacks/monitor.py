@@ -1,5 +1,6 @@
 """Learning rate and throughput, without a synchronisation and with few Python calls per step."""
 
+from collections.abc import Iterable
 from time import perf_counter
 from typing import Any
 
@@ -111,3 +112,11 @@ class Monitor(L.Callback):
         self.fit_started = None
         for name in ("_on_before_fetch", "_on_after_fetch"):
             trainer.fit_loop.epoch_loop.__dict__.pop(name, None)
+
+
+def speed(callbacks: Iterable[L.Callback]) -> dict[str, float]:
+    """Return seconds and throughput of the training so far; empty without the monitor."""
+    for callback in callbacks:
+        if isinstance(callback, Monitor):
+            return {"seconds": callback.train_seconds, "samples_per_second": callback.samples_per_second}
+    return {}

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from espalier.config import nearest
 from espalier.errors import ConfigError
+from espalier.hints import nearest
 
 ATEN = torch.ops.aten
 BATCH_NORM = ATEN.batch_norm.default

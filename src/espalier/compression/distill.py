@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from espalier.compression.base import Compression, Entry, Stage
 from espalier.compression.captured import CapturedNet
-from espalier.config import nearest
 from espalier.errors import ConfigError
+from espalier.hints import nearest
 from espalier.learners.learner import Learner
 from espalier.ranges import NonNegative, Positive, Share
 from espalier.seeding import generator

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier import explain
-from espalier.config import nearest
 from espalier.data.prepare import Normalise
 from espalier.errors import ConfigError, require
+from espalier.hints import nearest
 from espalier.spec import DataSpec
 
 EXTRA = "explain"

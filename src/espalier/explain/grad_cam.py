@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from espalier.compression.captured import CapturedNet, module_names
-from espalier.config import nearest
 from espalier.errors import ConfigError, require
 from espalier.explain.base import EXTRA, Setting
+from espalier.hints import nearest
 
 PACKAGE = "captum"
 BY_DEFAULT = True

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from espalier.config import nearest
 from espalier.errors import ConfigError
+from espalier.hints import nearest
 from espalier.measure.predictions import Predictions
 from espalier.spec import DataSpec
 

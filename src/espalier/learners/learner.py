@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
 from espalier import global_batch
-from espalier.config import typed
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError, StoppedError
 from espalier.learners.collective import Question
@@ -28,6 +27,7 @@ from espalier.learners.guard import Guard, gradient_norm
 from espalier.learners.interrupt import Interrupt
 from espalier.learners.position import ends_here, is_between_steps, require_validation, settle
 from espalier.optim.build import build_optimizer, build_scheduler
+from espalier.overrides import typed
 from espalier.seeding import seed_step
 from espalier.spec import DataSpec
 

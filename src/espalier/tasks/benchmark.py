@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier import checkpoint
+from espalier import checkpoint, networks
 from espalier.checkpoint import Checkpoint
 from espalier.errors import ConfigError
 from espalier.export import candidates, deployed, formats
@@ -47,7 +47,7 @@ def benchmark(
         raise ConfigError(*(f"task.{name}=[]: nothing to measure; name at least one" for name in empty))
     require(run, runtimes)
     run.record()
-    plan, notes = candidates.plan(list(networks(run)), runtimes, precision)
+    plan, notes = candidates.plan(list(sources(run)), runtimes, precision)
     if not plan:
         raise ConfigError(f"task.runtimes=[{','.join(runtimes)}]: nothing to run; {'; '.join(notes)}")
     rows: list[dict[str, Any]] = []
@@ -81,7 +81,7 @@ def require(run: Run, runtimes: Sequence[Runtime]) -> None:
             formats.module(name).require(f"task.runtimes={name}")
 
 
-def networks(run: Run) -> Iterator[Network]:
+def sources(run: Run) -> Iterator[Network]:
     """Each source under a name of its own: what it went through, and its run where several went through the same."""
     names = [source.name if isinstance(source, Bundle) else deployed.name_of(source.ledger) for source in run.sources]
     folders = [folder_of(source) for source in run.sources]
@@ -93,9 +93,8 @@ def networks(run: Run) -> Iterator[Network]:
         if isinstance(source, Bundle):
             yield Network(name, source.ledger, shape, source, None, None)
         else:
-            bare = Run(run.cfg, run.words, run.folder, run.task)  # without what it has built: this one travels
-            again = partial(rebuild, bare, source.path)
-            yield Network(name, source.ledger, shape, None, run.deployable(source), again)
+            again = partial(rebuild, source.path)  # which travels to another process
+            yield Network(name, source.ledger, shape, None, networks.deployable(source), again)
 
 
 def folder_of(source: Checkpoint | Bundle) -> Path:
@@ -105,9 +104,9 @@ def folder_of(source: Checkpoint | Bundle) -> Path:
     return source.path.parent if source.path.name == "export" else source.path
 
 
-def rebuild(run: Run, path: Path) -> nn.Module:
+def rebuild(path: Path) -> nn.Module:
     """The module that is shipped, from its checkpoint."""
-    return run.deployable(checkpoint.load("source", path)).module
+    return networks.deployable(checkpoint.load("source", path)).module
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from espalier import networks
 from espalier.checkpoint import Checkpoint, load
 from espalier.compression import sensitivity
 from espalier.compression.base import Stage, methods, stage_of
@@ -59,12 +60,12 @@ def stages(run: Run) -> set[Stage]:
 def export(run: Run, source: Checkpoint, result: Checkpoint) -> Iterator[Artifact]:
     """The source and the result; between them, if a recipe changes shapes and numbers, the new shape in float."""
     folder, shape, name = run.folder / "export", run.data.spec.shape, deployed.name_of
-    network = run.network(source)
+    network = networks.trained(source)
     yield deployed.export(name(source.ledger), network, source.ledger, shape, folder / "source.onnx")
     if {Stage.STRUCTURE, Stage.QUANTIZE} <= stages(run):
-        network, ledger = run.float_network(result)
+        network, ledger = networks.in_float(result)
         yield deployed.export("the same in float", network, ledger, shape, folder / "float.onnx")
-    network = run.network(result)
+    network = networks.trained(result)
     yield deployed.export(name(result.ledger), network, result.ledger, shape, folder / "compressed.onnx")
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from espalier import terminal
+from espalier import networks, terminal
 from espalier.compression.base import conversion, finalize, is_quantized
 from espalier.data.module import Split
 from espalier.errors import ConfigError
@@ -92,8 +92,8 @@ def prepared(run: Run, runtime: str, threads: Count) -> tuple[Row, Predict]:
         return predictors.of_bundle(run.bundle, runtime, threads)
     assert run.source is not None
     if runtime == TORCH:
-        return run.cost(run.source.path), predictors.in_torch(run.network(run.source), run.trainer.strategy)
-    network, shape = run.deployable(run.source), run.data.spec.shape
+        return run.cost(run.source.path), predictors.in_torch(networks.trained(run.source), run.trainer.strategy)
+    network, shape = networks.deployable(run.source), run.data.spec.shape
     row, predict = predictors.of_network(network, runtime, shape, run.folder / "export", threads)
     return {"name": run.cost(None)["name"], **row}, predict
 
@@ -133,9 +133,9 @@ def loss_in_torch(run: Run) -> Loss:
     """The loss whose gradient attacks follow: of the float network, as rounding has none."""
     assert run.source is not None
     if is_quantized(run.source.ledger):
-        network = finalize(*run.float_network(run.source))
+        network = finalize(*networks.in_float(run.source))
     else:
-        network = run.deployable(run.source).module
+        network = networks.deployable(run.source).module
     is_measured = run.trainer.state.finished  # else the trainer has never looked for its device
     device = run.trainer.strategy.root_device if is_measured else torch.device("cpu")
     network = network.to(device)

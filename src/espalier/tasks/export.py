@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from espalier import networks
 from espalier.compression.base import is_quantized
 from espalier.errors import ConfigError
 from espalier.export import bundle, deployed, formats, onnx, parity, preprocess, verdict
@@ -47,7 +48,7 @@ def export(
     if target.exists():
         raise ConfigError(f"hydra.run.dir={run.folder}: holds an export already; choose another folder")
     run.record()
-    network = run.deployable(run.source)
+    network = networks.deployable(run.source)
     gate = parity.Gate(precision == "fp32" and not is_quantized(network.ledger), tolerance, agreement)
     shipped = formats.in_precision(network.module, precision)
     counted = cost.counts(network.trained, run.data.spec.shape)

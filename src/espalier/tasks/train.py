@@ -1,5 +1,6 @@
 """`espalier train`: fit, test the best checkpoint, report."""
 
+from espalier.callbacks import monitor
 from espalier.run import Run
 from espalier.spec import Report
 
@@ -18,4 +19,4 @@ def train(run: Run) -> Report:
         notes = [f"measured on {weights.name}, as no validation chose a best"]
     else:
         notes = [f"measured on {weights.name}, which had {run.learner.monitor} {run.best_score:.4f}"]
-    return run.publish([run.cost(weights) | run.speed() | {"metrics": metrics}], notes)
+    return run.publish([run.cost(weights) | monitor.speed(run.callbacks) | {"metrics": metrics}], notes)
