@@ -124,9 +124,9 @@ def test_evaluate_repeats_the_numbers_without_retyped_overrides(
 ):
     monkeypatch.chdir(trained.folder)
     words = {"folder": trained.run, "file": trained.run / "checkpoints" / "best.ckpt", "latest": "latest"}
-    place = espalier("evaluate", f"source={words[source]}", "logger=[csv]", "hydra.run.dir=again")
+    place = espalier("evaluate", f"source={words[source]}", "logger=[csv]", f"hydra.run.dir=again_{source}")
     assert place.code == 0, place.err
-    again = row(trained.folder / "again")
+    again = row(trained.folder / f"again_{source}")
     assert again == {key: value for key, value in row(trained.run).items() if key in again}
     assert again["metrics"] == row(trained.run)["metrics"]
 
