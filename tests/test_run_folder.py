@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from conftest import Command, command
 from espalier import catalog, cli, config, ownership, runs
+from espalier.errors import ConfigError
 from espalier.run import Run
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,progress]")
@@ -208,6 +209,18 @@ def test_a_run_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert settled("task=evaluate", f"source={last}")["source"] == str(last)
     (place / "logs").symlink_to(place / "run")
     assert settled("task=evaluate", "source=latest")["source"] == str(run)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_and_from_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = trained(tmp_path / "run")
+    monkeypatch.chdir(run / "checkpoints")
+    assert settled("task=train", "resume=last.ckpt")["resume"] == str(run)
+    for other in (run / "checkpoints" / "best-3.ckpt", tmp_path / "mirror" / "last.ckpt"):
+        other.parent.mkdir(exist_ok=True)
+        other.touch()
+        with pytest.raises(ConfigError, match=r"goes on from the last checkpoint in its folder alone"):
+            settled("task=train", f"resume={other}")
+        assert settled("task=evaluate", f"source={other}")["source"] == str(other)
 
 
 def test_a_name_that_hydra_would_interpolate_can_be_a_source_alone(espalier: Command, tmp_path: Path):

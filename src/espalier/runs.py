@@ -63,6 +63,11 @@ def find(key: str, run: str, holds: str | Path = "checkpoints") -> Path:
     path = Path(at_home(run))
     if not path.exists():
         raise ConfigError(f"{key}={run}: no such run folder or checkpoint file")
+    if key == "resume" and path.is_file() and path.resolve().parts[-2:] != ("checkpoints", LAST):
+        raise ConfigError(
+            f"{key}={run}: a run goes on from the last checkpoint in its folder alone; name that folder, or start a "
+            "new run from this file with source="
+        )
     return path
 
 
