@@ -219,7 +219,7 @@ def test_without_a_record_the_last_checkpoint_says_which_is_the_best(espalier: C
     for path in (old / "checkpoints").glob("best*"):
         path.unlink()
     done = espalier("evaluate", f"source={old}", "logger=[csv]")
-    assert done.out.splitlines()[0].endswith(", as no best was kept")
+    assert done.out.splitlines()[0].endswith(f", as {best}, which was the best, is not there any more")
     assert "/last.ckpt, val/accuracy 0." in done.out.splitlines()[0]
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from conftest import Command, command
 from espalier import catalog, cli, config, folders, overrides, ownership, runs
+from espalier.errors import ConfigError
 from espalier.run import Run
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,progress]")
@@ -208,6 +209,20 @@ def test_a_run_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert settled("task=evaluate", f"source={last}")["source"] == str(last)
     (place / "logs").symlink_to(place / "run")
     assert settled("task=evaluate", "source=latest")["source"] == str(run)
+
+
+def test_a_file_stands_for_the_run_in_whose_folder_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = trained(tmp_path / "run")
+    monkeypatch.chdir(run / "checkpoints")
+    Path("best-3.ckpt").touch()
+    for name in ("last.ckpt", "best-3.ckpt"):
+        assert settled("task=train", f"resume={name}")["resume"] == str(run)
+    alone = tmp_path / "mirror" / "last.ckpt"
+    alone.parent.mkdir()
+    alone.touch()
+    with pytest.raises(ConfigError, match=r"lies in no run folder"):
+        settled("task=train", f"resume={alone}")
+    assert settled("task=evaluate", f"source={alone}")["source"] == str(alone)
 
 
 def test_a_name_that_hydra_would_interpolate_can_be_a_source_alone(espalier: Command, tmp_path: Path):

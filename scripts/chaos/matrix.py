@@ -34,7 +34,6 @@ import forked
 from combinations import Case
 from forked import Stop
 
-from espalier import launch
 from espalier.learners import interrupt
 
 KILLS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
@@ -94,7 +93,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def prepare(folder: Path, cases: Iterable[Case]) -> None:
     """Import what the cases need, and make what they start from."""
-    for name in (*launch.LAUNCHERS, "WORLD_SIZE", interrupt.JOB):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", interrupt.JOB):
         os.environ.pop(name, None)
     compresses = any(case.drawn["recipe"] != "none" for case in cases)
     reads = any(case.drawn.get("data") == "pictures" for case in cases)

@@ -139,9 +139,11 @@ def _last_or_previous(key: str, path: Path) -> Checkpoint:
 def _unrecorded(key: str, last: Checkpoint) -> Checkpoint:
     """The best of a folder that does not say which it is: what the last checkpoint knew as such, else that one."""
     best = last.path.with_name(last.best_name() or last.path.name)
-    if best.is_file() and best != last.path:
-        return replace(load(key, best), why=f"the best by {last.path.name}, as nothing recorded it")
-    return replace(last, why="as no best was kept")
+    if best == last.path:
+        return replace(last, why="as no best was kept")
+    if not best.is_file():
+        return replace(last, why=f"as {best.name}, which was the best, is not there any more")
+    return replace(load(key, best), why=f"the best by {last.path.name}, as nothing recorded it")
 
 
 def _read(key: str, path: Path) -> Any:

@@ -66,6 +66,10 @@ def find(key: str, run: str, holds: str | Path = "checkpoints") -> Path:
     path = Path(at_home(run))
     if not path.exists():
         raise ConfigError(f"{key}={run}: no such run folder or checkpoint file")
+    if key == "resume" and path.is_file() and path.resolve().parent.name != "checkpoints":
+        raise ConfigError(
+            f"{key}={run}: lies in no run folder, where alone a run goes on; start a new one from it with source="
+        )
     return path
 
 
