@@ -12,6 +12,7 @@ import torch
 from conftest import QUICK, Command, command
 from espalier.data.digits import Digits
 from espalier.export import bundle
+from espalier.export.parity import Gate, Parity
 
 NETWORK = ("model=cnn", "model.channels=[8,16]", "trainer.max_epochs=4", *QUICK)
 FAST = ("trainer.max_epochs=1", "task.batches=[1]", *QUICK)
@@ -158,3 +159,14 @@ def test_a_bundle_is_not_exported_again_nor_compressed(espalier: Command, export
         done = espalier(task, f"source={exported}", *QUICK)
         assert (done.code, len(done.err.splitlines())) == (2, 1)
         assert f"{task} needs the trained RUN, not the bundle that was exported from it" in done.err
+
+
+def test_labels_that_may_differ_may_move_the_accuracy_of_a_weak_network_as_far():
+    gate = Gate(is_exact=False, tolerance=0.0, agreement=0.997)
+    right = 219  # of 359: one label is 0.28 points, and 0.3 % of that accuracy are 0.18
+    one_other = Parity(359, 0.02, 358 / 359, "test/accuracy", right / 359, (right - 1) / 359)
+    assert gate.problem(one_other) is None
+    two_other = Parity(359, 0.02, 357 / 359, "test/accuracy", right / 359, (right - 2) / 359)
+    assert gate.problem(two_other) == "gives 2 of 359 samples another label (99.7% must agree)"
+    unlike = Parity(359, 0.02, 1.0, "test/rmse", 59.4, 59.9)
+    assert gate.problem(unlike) == "changes test/rmse from 59.4000 to 59.9000"

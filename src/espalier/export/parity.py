@@ -60,7 +60,8 @@ class Gate:
         if found.same_label < least:
             num_other = round((1 - found.same_label) * found.num_samples)
             return f"gives {num_other} of {found.num_samples} samples another label ({least:.1%} must agree)"
-        if abs(found.exported - found.eager) > (1 - least) * abs(found.eager) + METRIC_EPS:
+        of_labels = 1 - found.same_label  # what labels that may differ move an accuracy by
+        if abs(found.exported - found.eager) > max((1 - least) * abs(found.eager), of_labels) + METRIC_EPS:
             return f"changes {found.metric} from {found.eager:.4f} to {found.exported:.4f}"
         return None
 
