@@ -65,6 +65,17 @@ def test_a_run_does_not_go_on_with_other_pictures_than_it_began_with(espalier: C
     assert "began with 14 training samples" in done.err
 
 
+def test_an_evaluation_says_that_the_pictures_have_changed_since_the_training(espalier: Command, pets: Path) -> None:
+    assert espalier("train", *WORDS, *QUICK, "data.path=pets", "trainer.max_epochs=1", "hydra.run.dir=run").code == 0
+    for number in range(4):
+        (pets / "cat" / f"{number}.png").unlink()
+    done = espalier("evaluate", "source=run", *QUICK)
+    assert done.code == 0
+    told = next(line for line in done.out.splitlines() if line.startswith("pets: has 12 training samples where "))
+    assert "was trained on 14; the data have changed, so samples of other splits may be among those" in told
+    assert f"* {told}" in (done.run / "report.md").read_text().splitlines()
+
+
 @pytest.mark.parametrize("kind", ["damaged", "too few", "one class", "flat"])
 def test_pictures_that_cannot_be_trained_on_are_one_line_and_no_folder(
     espalier: Command, pets: Path, kind: str

@@ -211,6 +211,13 @@ def test_a_run_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert settled("task=evaluate", "source=latest")["source"] == str(run)
 
 
+def test_a_folder_without_a_run_is_no_run_to_resume_and_stays(espalier: Command, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    done = espalier("train", "resume=mine")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_a_file_stands_for_the_run_in_whose_folder_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = trained(tmp_path / "run")
     monkeypatch.chdir(run / "checkpoints")

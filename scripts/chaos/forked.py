@@ -32,7 +32,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from espalier import cli, launch, run, storage
+from espalier import cli, launch, results, run, storage
 from espalier.callbacks.csv_log import CsvLog
 from espalier.checkpoint import CheckpointIO
 from espalier.export import deployed
@@ -52,7 +52,7 @@ PLACES: dict[str, tuple[Any, str, bool]] = {  # what is passed, and whether it i
     "rows": (CsvLog, "save", True),
     "test": (Learner, "test_step", False),
     "export": (deployed, "export", False),
-    "figures": (run.Run, "_draw", False),
+    "figures": (results, "draw", False),
     "figure": (figures, "save", False),
     "report": (report, "_replace", False),
 }

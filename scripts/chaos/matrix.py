@@ -14,6 +14,7 @@ failed, and with it the script: exit code 1. Linux only.
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is imported: a fork has none of the threads of its parent
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow's allocator
 
 import argparse
 import json

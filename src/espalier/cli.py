@@ -256,7 +256,7 @@ def _job(cfg: "DictConfig") -> float | None:
         error = reason
         if is_trial:
             print(f"espalier: trial {folder.name}: {secret.scrub(str(reason))}", file=sys.stderr)
-        elif isinstance(reason, ConfigError):
+        elif isinstance(reason, ConfigError) and not cfg.resume:  # whose folder was there before
             _discard_if_empty(folder)
     except Exception as reason:
         error = reason

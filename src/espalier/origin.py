@@ -12,15 +12,30 @@ from espalier.data.module import DataModule
 from espalier.errors import ConfigError
 from espalier.export.bundle import Bundle
 
+NUM_NAMED = 5  # classes in a message
+
 
 def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -> None:
     """Raise `ConfigError` if samples or classes are not those that the source was trained with."""
     now, then = data.spec, source.spec
     if (now.shape, now.class_names) != (then.shape, then.class_names):
+        differing = sorted(set(now.class_names) ^ set(then.class_names))
+        named = f"; not in both: {', '.join(differing[:NUM_NAMED])}" if now.num_outputs == then.num_outputs else ""
         raise ConfigError(
             f"{key}={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
-            f"but data is {now.name} {now.shape} with {now.num_outputs}"
+            f"but data is {now.name} {now.shape} with {now.num_outputs}{named}"
         )
+
+
+def changed_samples(data: DataModule, source: Checkpoint | Bundle) -> list[str]:
+    """Return a remark if the data of the source have changed since: what is tested on may have been trained on."""
+    now, then = data.spec, source.spec
+    if now.name != then.name or not then.class_counts or now.class_counts == then.class_counts:
+        return []
+    return [
+        f"{now.name}: has {sum(now.class_counts)} training samples where {source.path} was trained on "
+        f"{sum(then.class_counts)}; the data have changed, so samples of other splits may be among those it has seen"
+    ]
 
 
 def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:

@@ -24,7 +24,8 @@ def record(folder: Path, config: Mapping[str, Any], words: Sequence[str], *, is_
     if not is_resumed:
         (folder / "metrics.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     OmegaConf.save(OmegaConf.create(dict(config)), folder / "config.yaml")
-    OmegaConf.save(OmegaConf.create(secret.scrub_words(words)), folder / "overrides.yaml")
+    if not (is_resumed and (folder / "overrides.yaml").exists()):  # the words that made the run, not those that go on
+        OmegaConf.save(OmegaConf.create(secret.scrub_words(words)), folder / "overrides.yaml")
     (folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
 
 

@@ -75,6 +75,7 @@ class Run:
         if self.task != "train":
             for source in self.sources:
                 origin.require_same_data("source", data, source)
+                data.notes += origin.changed_samples(data, source)
             if self.sources:
                 data.normalise_as(self.sources[0].spec)
         if self.resumed:

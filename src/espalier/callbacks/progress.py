@@ -141,4 +141,4 @@ def _epoch_name(trainer: L.Trainer, epoch: int) -> str:
     last = trainer.max_epochs
     if last is None or last < 0:
         return f"epoch {epoch + 1}"
-    return f"epoch {epoch + 1:>{len(str(last))}}/{last}"
+    return f"epoch {epoch + 1}/{last}"
