@@ -123,7 +123,7 @@ def test_a_mismatch_ends_without_a_bundle_unless_it_is_allowed(espalier: Command
     assert bundle.read("source", Path("shipped/export")).formats == ["onnx"]
     assert [note for note in report(Path("shipped"))["notes"] if note.startswith("MISMATCH: onnx differs")]
     again = espalier(*words)
-    assert (again.code, again.err.count("holds an export already")) == (2, 1)
+    assert (again.code, again.err.count("holds a run already (report.json)")) == (2, 1)
 
 
 def test_sixteen_bits_are_compared_with_the_network_in_float(espalier: Command, trained: Path):
