@@ -90,7 +90,7 @@ def test_a_trial_that_diverges_costs_that_trial(espalier: Command, tmp_path: Pat
     words = ("optimizer=sgd", "scheduler=constant", "trainer.gradient_clip_val=null", "trainer.max_epochs=1")
     done = espalier("train", "-m", *MLP, *words, "optimizer.lr=0.1,1e30")
     assert done.code == 3
-    assert "diverged at step" in done.out
+    assert "diverged at step" in " ".join(done.out.split())  # the table breaks it where it has to
     assert len(list(tmp_path.glob("logs/**/report.json"))) == 1
 
 

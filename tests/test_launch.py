@@ -238,10 +238,14 @@ def test_a_run_that_is_stopped_before_it_trains_leaves_no_folder(
         (["strategy=ddp_cpu", "trainer.strategy=ddp"], 2),
         (["strategy=cpu", "trainer.devices=2"], 2),  # Lightning takes its own ddp then
         (["strategy=cpu", "trainer.devices='2'"], 2),
-        (["strategy=ddp_cpu", "trainer.num_nodes=2"], 1),  # needs a launcher that knows the other machine
+        (["strategy=ddp_cpu", "trainer.num_nodes=2"], 1),
     ],
 )
-def test_a_run_on_several_devices_takes_a_process_for_each(tmp_path: Path, words: list[str], expected: int):
+def test_a_run_on_several_devices_takes_a_process_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], expected: int
+):
+    for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of a launcher that knows the other machine
+        monkeypatch.setenv(name, "0")
     assert num_processes(prepare(compose(words), words, tmp_path, "train")) == expected
     assert num_processes(prepare(compose(words), words, tmp_path, "export")) == 1
 

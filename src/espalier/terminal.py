@@ -10,12 +10,11 @@ import logging
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from espalier.errors import CONTROL
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
     from rich.console import Console
 
 NOT_FOR_USERS = (  # warnings of Lightning
@@ -89,7 +88,7 @@ def _patient(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
 class _Patient(io.FileIO):
     """A standard stream; once nobody can read it any more, what is written to it is lost."""
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
