@@ -13,6 +13,7 @@ from torch import Tensor
 CLOCKS = {"samples_per_second", "data_wait_share"}
 MONITOR = "callbacks/Monitor"  # whose state is times
 BEST = "checkpoints/BEST"  # which of them it is
+REPLACED = "replaced"  # files that go once this checkpoint is written; whether they are still there is compared
 SET_ASIDE = "previous.ckpt"  # the last but one, which a stop saves as well
 MAX_SHOWN = 8
 
@@ -66,7 +67,7 @@ def leaves(node: Any, folder: Path, where: str = "") -> Iterator[tuple[str, Any]
     """Every value of a nested checkpoint by its path; the folder's own name reads `RUN`."""
     if isinstance(node, dict):
         for key, child in node.items():
-            if MONITOR not in f"{where}/{key}":
+            if MONITOR not in f"{where}/{key}" and key != REPLACED:
                 yield from leaves(child, folder, f"{where}/{str(key).replace(str(folder), 'RUN')}")
     elif isinstance(node, list | tuple):
         for number, child in enumerate(node):

@@ -73,6 +73,7 @@ class Learner(L.LightningModule):
         self.interrupt = Interrupt()
         self.signalled = Question()  # whether any of several processes has been
         self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
+        self.num_val_batches = 0  # of a validation before this process, which need not validate again
         self.validation: dict[str, Any] | None = None  # the last one: step, what decides which is best, and all metrics
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -262,7 +263,7 @@ class Learner(L.LightningModule):
             accumulate=trainer.accumulate_grad_batches,
             num_batches=int(trainer.num_training_batches),
             val_check_batch=int(every) if every and math.isfinite(every) else 0,
-            num_val_batches=int(sum(trainer.num_val_batches)),
+            num_val_batches=int(sum(trainer.num_val_batches)) or self.num_val_batches,
         )
         return asdict(split)
 
@@ -271,6 +272,9 @@ class Learner(L.LightningModule):
             self.trainer.should_stop = bool(checkpoint.get("has_stopped"))
             self.validation = checkpoint.get("validation")
         if batch_size := getattr(self.trainer.datamodule, "batch_size", None):  # type: ignore[attr-defined]
+            before = global_batch.of(checkpoint)
+            if before and before.samples == self.trainer.world_size * batch_size:
+                self.num_val_batches = before.num_val_batches
             global_batch.translate(checkpoint, self.trainer.world_size, batch_size)
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
