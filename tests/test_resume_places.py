@@ -239,7 +239,7 @@ def test_a_checkpoint_that_names_files_elsewhere_as_replaced_is_refused(espalier
 def test_a_resumed_run_takes_its_own_values_and_says_what_makes_it_another_run(espalier: Command, top: Path):
     done = espalier("train", f"resume={top}", "data.batch_size=64", "trainer.max_steps=20", "trainer.profiler=null")
     assert done.code == 0, done.err
-    assert done.out.splitlines()[0].startswith(f"resume: {top}/checkpoints/last.ckpt, val/accuracy 0.")
+    assert done.out.splitlines()[1].startswith(f"resume: {top}/checkpoints/last.ckpt, val/accuracy 0.")
     assert done.out.splitlines()[1] == "goes on, but is no longer the run it was: trainer.max_steps -1 -> 20"
     for word, differing in (
         ("data.batch_size=32", "data differs"),
