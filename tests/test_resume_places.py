@@ -240,7 +240,7 @@ def test_a_resumed_run_takes_its_own_values_and_says_what_makes_it_another_run(e
     done = espalier("train", f"resume={top}", "data.batch_size=64", "trainer.max_steps=20", "trainer.profiler=null")
     assert done.code == 0, done.err
     assert done.out.splitlines()[1].startswith(f"resume: {top}/checkpoints/last.ckpt, val/accuracy 0.")
-    assert done.out.splitlines()[1] == "goes on, but is no longer the run it was: trainer.max_steps -1 -> 20"
+    assert done.out.splitlines()[2] == "goes on, but is no longer the run it was: trainer.max_steps -1 -> 20"
     for word, differing in (
         ("data.batch_size=32", "data differs"),
         ("experiment=digits_cnn", "data, model, optimizer"),
