@@ -85,7 +85,7 @@ def test_a_signal_stops_it_after_the_step_and_resume_is_bit_equal(
     assert_same(tmp_path / "run", unbroken)
 
 
-SIGNALLED = """
+SIGNALLED_RANK = """
 import os, signal
 from espalier.learners.learner import Learner
 whole = Learner.{part}
@@ -118,7 +118,7 @@ def unbroken_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_to_one_rank_stops_all_of_them_and_resume_is_bit_equal(
     tmp_path: Path, unbroken_by_two: Path, number: str, part: str, epoch: int, batch: int, step: int
 ):
-    before = SIGNALLED.format(part=part, place=(epoch, batch, 1), number=number)
+    before = SIGNALLED_RANK.format(part=part, place=(epoch, batch, 1), number=number)
     done = ranks(tmp_path, "train", *WORDS, "strategy=ddp_cpu", "hydra.run.dir=run", before=before)
     assert [code for code, _ in done] == [75, 75]
     assert done[0][1].count(f"espalier: stopped by a signal to another process after step {step};") == 1
