@@ -4,6 +4,7 @@ No callback: Lightning calls each hook of each callback, which costs more than t
 """
 
 import logging
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -113,9 +114,9 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if isinstance(gradients[0], DTensor):
         return get_total_norm(gradients)
-    dtype = torch.float32 if gradients[0].dtype in HALF else None
+    norms = partial(torch._foreach_norm, dtype=torch.float32) if gradients[0].dtype in HALF else torch._foreach_norm
     try:  # as get_total_norm, in 4 calls, not 60
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, dtype=dtype)))
+        return torch.linalg.vector_norm(torch.stack(norms(gradients)))
     except NotImplementedError:  # a gradient of an embedding may be sparse
         whole = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(whole, dtype=dtype)))
+        return torch.linalg.vector_norm(torch.stack(norms(whole)))
