@@ -61,6 +61,8 @@ def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
+        if torch.distributed.is_initialized():  # by a strategy with one process: it stays with the process
+            torch.distributed.destroy_process_group()
     out, err = capfd.readouterr() if capfd else ("", "")
     return Outcome(code, out, err, folder)
 
