@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NOT_FOR_USERS = (  # warnings of Lightning
+    "torch.distributed.nn.functional.all_gather is deprecated",  # which it calls itself
     ".*isinstance.treespec, LeafSpec",  # Lightning 2.6 under torch 2.13
     ".*does not have many workers",  # tensors in memory need none
     "The number of training batches",  # epochs shorter than log_every_n_steps are logged at their end
