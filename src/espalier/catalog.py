@@ -28,7 +28,7 @@ def summary(group: str, option: str) -> str:
 
 
 def package(group: str, option: str) -> str:
-    """Where in a configuration the keys of an option stand: `data.augment`; `_global_` is the top."""
+    """Return where the keys of an option stand: `data.augment`; `_global_` is the top."""
     first = (CONF / group / f"{option}.yaml").read_text().partition("\n")[0]
     return first.removeprefix("# @package ").strip() if first.startswith("# @package") else group.replace("/", ".")
 

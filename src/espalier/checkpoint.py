@@ -55,7 +55,7 @@ class Checkpoint:
         return ", ".join([*parts, *filter(None, [self.why])])
 
     def _score(self) -> tuple[str, float] | None:
-        """What the best is chosen by, and its value for these weights; None where they were not validated."""
+        """Return what the best is chosen by, and its value for these weights; None where they were not validated."""
         last = self.content.get("validation")
         if last:
             return (

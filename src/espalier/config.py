@@ -110,7 +110,7 @@ def _explain(text: str, good: Sequence[str], why: Exception) -> str:
 
 
 def _no_such_key(key: str, cfg: DictConfig, good: Sequence[str]) -> str:
-    """What is meant by a key that this configuration does not have, as far as that can be told."""
+    """Say what is meant by a key that this configuration lacks, as far as that can be told."""
     parent, _, last = key.rpartition(".")
     known = [*groups(), *keys(cfg)]
     if not parent:

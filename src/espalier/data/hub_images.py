@@ -59,7 +59,7 @@ class Labelled:
     labels: list[Any]
 
     def some(self, chosen: Sequence[int]) -> "Labelled":
-        """Those at the given positions."""
+        """Return those at the given positions."""
         return Labelled(self.part, [self.places[at] for at in chosen], [self.labels[at] for at in chosen])
 
 
@@ -132,7 +132,7 @@ class HubImages(DataModule):
         return Splits(spec, splits["train"], splits["val"], splits["test"])
 
     def _open(self) -> tuple[Mapping[str, Part], list[str]]:
-        """All official splits by their names, and remarks on what a folder holds beside them."""
+        """Return all official splits by name, and remarks on what a folder holds beside them."""
         folder = Path(self.path).expanduser()
         found = picture_folder.find(str(folder)) if folder.is_dir() and self.subset is None else None
         if found is None:

@@ -77,7 +77,7 @@ class ImageReader:
         return Samples(x, self.label_N), self._tried(decode)
 
     def broken(self) -> list[Bad]:
-        """Those that cannot be decoded; of very large splits, those whose head or end says so."""
+        """Return those that cannot be decoded; of very large splits, those whose head or end says so."""
         if len(self) <= NUM_DECODED:
             return self._tried(lambda index, file: self._decode(file))
         return self._tried(lambda index, file: self._glance(file)) if _are_paths(self.files) else []

@@ -56,7 +56,7 @@ class DataModule(L.LightningDataModule):
 
     @cached_property
     def splits(self) -> Splits:
-        """All samples; raise `ConfigError` where one is NaN or infinite, and note what is the same in all of them."""
+        """Read all samples; raise `ConfigError` if one is NaN or infinite, and note what is the same in all of them."""
         splits = self.load()
         for split in ("train", "val", "test"):
             samples = getattr(splits, split)

@@ -63,7 +63,7 @@ class Files:
         return [self.paths[index] for index in indices]
 
     def name(self, index: int) -> str:
-        """What a message calls the picture."""
+        """Return what a message calls the picture."""
         return shown(os.path.relpath(self.paths[index], self.root))
 
 

@@ -72,7 +72,7 @@ class Files:
         return [_content(cell) for cell in cells]
 
     def name(self, index: int) -> str:
-        """What a message calls the picture."""
+        """Return what a message calls the picture."""
         row = self.places[index]
         path = (self.rows[row][self.column] or {}).get("path")
         return f"{self.split} row {row}" + (f" ({os.path.basename(path)})" if path else "")  # noqa: PTH119
