@@ -39,7 +39,9 @@ PEER_IS_GONE = re.compile(
     r"|recvValue failed|remote process exited|communicator was aborted",
     re.IGNORECASE,
 )
-PEER_IS_STUCK = re.compile(r"timed out (waiting|after)|wait timeout|socket has timed out|timeout\(ms\)", re.IGNORECASE)
+PEER_IS_STUCK = re.compile(
+    r"timed out (waiting|after)|wait timeout|socket has timed out|timeout\(ms\)|application timeout", re.IGNORECASE
+)
 ERRORS = {error.exit_code: error for error in (ConfigError, DivergedError, StoppedError)}
 HINTS: dict[int, str] = {signal.SIGKILL: " (out of memory?)", signal.SIGABRT: " (torch says why above)"}
 

@@ -43,7 +43,7 @@ PAGE = {
     "/style.css": ("style.css", "text/css"),
     "/script.js": ("script.js", "text/javascript"),
 }
-INTERRUPT_S = 1.0  # after the time limit, a network that still computes is stopped
+INTERRUPT_S = 0.1  # after the time limit, when nobody waits any more, a network that still computes is stopped
 LEAVE_S = 2.0  # after the last answer, the process ends whatever still runs in it
 SWITCH_S = 5e-5  # after which a thread gets the interpreter; with Python's 5 ms a batch waits for answers to be written
 DIGITS = 9  # behind the point: float32 has no more

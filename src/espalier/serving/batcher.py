@@ -136,9 +136,14 @@ class Batcher(Generic[Row]):
         self._is_busy = bool(batch)
         if batch:
             if self._interrupt_after_s < math.inf:
-                self._timer = self._loop.call_later(self._interrupt_after_s, self._interrupt)
+                self._timer = self._loop.call_later(self._interrupt_after_s, self._give_up)
             self._jobs.put(batch)
             self._observe(size)
+
+    def _give_up(self) -> None:
+        """Interrupt the present batch, and again until it ends: the thread may not have begun it."""
+        self._interrupt()
+        self._timer = self._loop.call_later(STOP_S, self._give_up)
 
     def _work(self) -> None:
         while (batch := self._jobs.get()) is not None:
