@@ -13,8 +13,8 @@ import torch
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
-from espalier import cli
-from espalier.measure import figures
+from espalier.cli import entry
+from espalier.reporting import figures
 from helpers import forked
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
@@ -54,7 +54,7 @@ def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str
     try:
         with pytest.MonkeyPatch.context() as patch:
             spare(patch)
-            cli.main()
+            entry.main()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

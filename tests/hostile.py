@@ -127,7 +127,7 @@ targeted(
 targeted(
     "alias of os in a module of ours",
     "model",
-    lambda marker: {"_target_": "espalier.cli.os.system", "command": f"touch {marker}"},
+    lambda marker: {"_target_": "espalier.cli.entry.os.system", "command": f"touch {marker}"},
 )
 targeted(
     "alias of torch.load",
@@ -242,7 +242,7 @@ targeted(
 targeted(
     "logger in place of a callback",
     "callbacks",
-    lambda marker: {"x": {"_target_": "espalier.callbacks.csv_log.CsvLog", "folder": str(marker), "run_name": "x"}},
+    lambda marker: {"x": {"_target_": "espalier.loggers.csv_log.CsvLog", "folder": str(marker), "run_name": "x"}},
     RESUMED,
 )
 targeted(
@@ -251,7 +251,7 @@ targeted(
     lambda marker: {"_target_": "espalier.tasks.serve.serve", "host": "0.0.0.0"},
     RESUMED,
 )
-targeted("trainer of another kind", "trainer", lambda marker: {"_target_": "espalier.cli.shutil.rmtree"}, RESUMED)
+targeted("trainer of another kind", "trainer", lambda marker: {"_target_": "espalier.cli.entry.shutil.rmtree"}, RESUMED)
 targeted("callbacks in a list", "callbacks", lambda marker: [1, 2], RESUMED)
 edited(
     "best file elsewhere",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from espalier import catalog
+from espalier.config import conf_dir
 
 HEAVY = ("torch", "lightning", "torchmetrics", "wandb", "sklearn", "matplotlib")
 PROBE = f"""
@@ -44,16 +44,16 @@ def test_without_words_it_lists_the_tasks_and_three_examples(tmp_path: Path):
     done = light(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     tasks, examples = done.stdout.split("Examples:")
-    for task in catalog.groups()["task"]:
+    for task in conf_dir.groups()["task"]:
         assert f"espalier {task} " in tasks
-        assert catalog.summary("task", task) in tasks
+        assert conf_dir.summary("task", task) in tasks
     assert examples.count("espalier ") >= 3
 
 
 def test_help_of_a_task_lists_groups_options_defaults_and_keys(tmp_path: Path):
     done = light(tmp_path, "train", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for group, options in catalog.groups().items():
+    for group, options in conf_dir.groups().items():
         if group not in ("task", "hydra"):
             [line] = [line for line in done.stdout.splitlines() if line.split()[:1] == [group]]
             assert all(option in line for option in options)
@@ -65,16 +65,16 @@ def test_help_of_a_task_lists_groups_options_defaults_and_keys(tmp_path: Path):
 def test_the_version_is_that_of_the_package_and_of_what_it_stands_on(tmp_path: Path):
     done = light(tmp_path, "--version")
     assert (done.returncode, done.stderr) == (0, "")
-    for name in (catalog.__name__.partition(".")[0], "torch", "lightning"):
+    for name in (conf_dir.__name__.partition(".")[0], "torch", "lightning"):
         assert f"{name} {version(name)}" in done.stdout
 
 
 def test_help_of_a_group_explains_each_option(tmp_path: Path):
     done = light(tmp_path, "train", "--help", "model")
     assert done.returncode == 0
-    for option in catalog.groups()["model"]:
+    for option in conf_dir.groups()["model"]:
         [line] = [line for line in done.stdout.splitlines() if f"model={option} " in line]
-        assert catalog.summary("model", option) in line
+        assert conf_dir.summary("model", option) in line
 
 
 @pytest.mark.parametrize("place", [("--cfg", "job", "model=vit"), ("model=vit", "--cfg", "job")])
@@ -100,7 +100,7 @@ def test_what_does_not_compose_is_answered_without_torch(tmp_path: Path, words: 
     ("line", "expected"),
     [
         ("espalier tr", {"train"}),
-        ("espalier ", set(catalog.groups()["task"])),
+        ("espalier ", set(conf_dir.groups()["task"])),
         ("espalier train mod", {"model=", "model."}),
         ("espalier train model=", {"model=cnn", "model=mlp", "model=resnet", "model=vit", "model=densenet"}),
         ("espalier train model=mlp optimizer=ad", {"optimizer=adam", "optimizer=adamw", "optimizer=adafactor"}),

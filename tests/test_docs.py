@@ -16,18 +16,20 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import QUICK, Command
-from espalier import catalog, config, folders, overrides, runs, targets
+from espalier.cli import folders
 from espalier.compression.base import check_recipe
-from espalier.measure import report
-from espalier.prepare import MAY_CHANGE, prepare
+from espalier.config import check, compose, conf_dir, overrides
+from espalier.reporting import report
+from espalier.runs import run_folder
 from espalier.spec import Report
+from espalier.validate import MAY_CHANGE, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")  # epochs are short here
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = next(iter(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]))
-PACKAGE = catalog.__name__.partition(".")[0]
+PACKAGE = conf_dir.__name__.partition(".")[0]
 STARTS = (re.escape(COMMAND), rf"torchrun [^|]*-m {PACKAGE}\.cli", rf"for .*; do {re.escape(COMMAND)}")
 TYPED = re.compile(rf"(?:{'|'.join(STARTS)})(?= |$)(?P<words>[^;|]*)")
 FENCE = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -81,7 +83,7 @@ FILES = {  # code blocks that name the file they stand for; a full one in docs/ 
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of `conf/` with the YAML and Python files that the documentation tells to add."""
     folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(catalog.CONF, folder / "conf")
+    shutil.copytree(conf_dir.CONF, folder / "conf")
     for path, text in FILES.items():
         file = folder / path
         assert not file.exists(), f"{path} is part of the project already"
@@ -93,7 +95,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def extended(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The project as if these files had been added to it."""
-    for module in (catalog, config):
+    for module in (conf_dir, compose):
         monkeypatch.setattr(module, "CONF", copy / "conf")
     for folder in (copy / "src" / PACKAGE).iterdir():
         package = import_module(f"{PACKAGE}.{folder.name}")
@@ -104,7 +106,7 @@ def extended(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @cache
 def options(*words: str) -> DictConfig:
     """Shared between commands, because Hydra takes a fifth of a second for each."""
-    return config.compose(words)
+    return compose.compose(words)
 
 
 def composed(*words: str) -> DictConfig:
@@ -116,7 +118,7 @@ def composed(*words: str) -> DictConfig:
     values = [
         word
         for word in words
-        if not word.startswith(("+", "~", "hydra.")) and word.partition("=")[0] not in catalog.groups()
+        if not word.startswith(("+", "~", "hydra.")) and word.partition("=")[0] not in conf_dir.groups()
     ]
     cfg = options(*[word for word in words if word not in values]).copy()
     for value in overrides.parse(values):
@@ -138,21 +140,21 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 def test_a_documented_command_passes_the_check(text: str):
     flags, words = split(shlex.split(re.sub(r"seed=0,1,[\d,]+", "seed=0,1", text)))
     if "--help" in words:
-        assert set(words) - {"--help"} <= {*catalog.groups(), *catalog.groups()["task"]}
+        assert set(words) - {"--help"} <= {*conf_dir.groups(), *conf_dir.groups()["task"]}
         return
     if not words:
         return
     task, *others = words
-    assert task in catalog.groups()["task"]
+    assert task in conf_dir.groups()["task"]
     for trial in overrides.trials(others) if "-m" in flags else [others]:
         cfg = composed(f"task={task}", *trial)
         assert "-p" not in flags or any(name in cfg for name in flags)
         stored = OmegaConf.to_container(composed("task=train"), resolve=True)
         if cfg.source:
-            cfg = runs.from_source(cfg, stored, trial, may_change=MAY_CHANGE.get(task, ()))
+            cfg = run_folder.from_source(cfg, stored, trial, may_change=MAY_CHANGE.get(task, ()))
         if cfg.resume not in (None, "auto"):
-            cfg = runs.from_resumed(cfg, stored, trial)
-        targets.check(cfg)
+            cfg = run_folder.from_resumed(cfg, stored, trial)
+        check.check(cfg)
         check_recipe([*cfg.compression], [])
 
 
@@ -220,7 +222,7 @@ def test_every_option_is_named_in_the_docs():
     spans = {
         word for page in PAGES for span in INLINE.findall(page.read_text()) for word in re.split(r"[ =\[\],]", span)
     }
-    options = [(group, option) for group in NAMED_GROUPS for option in catalog.groups()[group] if option != "none"]
+    options = [(group, option) for group in NAMED_GROUPS for option in conf_dir.groups()[group] if option != "none"]
     assert len(options) > 50
     assert [f"{group}={option}" for group, option in options if option not in spans] == []
 
@@ -234,14 +236,14 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
 
 def test_learning_rates_in_the_docs_are_those_of_the_options():
     documented = {name: float(lr) for name, lr, _ in rows_of("training.md", "| option | default `optimizer.lr`")}
-    assert documented.keys() == set(catalog.groups()["optimizer"])
+    assert documented.keys() == set(conf_dir.groups()["optimizer"])
     for name, lr in documented.items():
-        assert float(yaml.safe_load((catalog.CONF / "optimizer" / f"{name}.yaml").read_text())["lr"]) == lr, name
+        assert float(yaml.safe_load((conf_dir.CONF / "optimizer" / f"{name}.yaml").read_text())["lr"]) == lr, name
 
 
 def test_what_a_compression_may_ask_for_is_what_a_run_supplies():
     names = {name for name, *_ in rows_of("compression_methods.md", "| argument | type")}
-    assert names == targets.SUPPLIED["compression"]
+    assert names == check.SUPPLIED["compression"]
 
 
 @pytest.mark.parametrize("row", rows_of("models.md", "| option | network"), ids=lambda row: row[0])

@@ -10,7 +10,7 @@ import torch
 from conftest import Command, command
 from espalier.data.loaders import Order
 from espalier.errors import ConfigError, StoppedError
-from espalier.global_batch import Split, follow
+from espalier.processes.global_batch import Split, follow
 from ranks import ranks
 from test_distributed import assert_close, losses, metrics, weights
 

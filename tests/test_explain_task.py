@@ -10,8 +10,8 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from conftest import QUICK, Command, command
-from espalier import catalog
-from espalier.config import compose
+from espalier.config import conf_dir
+from espalier.config.compose import compose
 from espalier.errors import ConfigError
 from espalier.explain import base
 from espalier.run import Run
@@ -173,7 +173,7 @@ def test_a_wrong_input_costs_one_line_and_leaves_nothing(
     assert not list(done.folder.glob("logs/*/*"))
 
 
-@pytest.mark.parametrize("model", catalog.groups()["model"])
+@pytest.mark.parametrize("model", conf_dir.groups()["model"])
 def test_every_model_is_explained_by_every_method_that_says_it_fits(tmp_path: Path, model: str):
     cfg = compose([f"model={model}", *SMALL.get(model, ()), "callbacks=[]", "logger=[]"])
     run = Run(cfg, [], tmp_path, "train")

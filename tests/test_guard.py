@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from conftest import Command, launch, run_in
-from espalier.learners.guard import Guard
+from espalier.learners.divergence import Guard
 from espalier.learners.learner import Learner
-from espalier.measure import report
+from espalier.reporting import report
 from harm import harmed
 
 MLP = ("model=mlp", "model.hidden=[16]", "logger=[csv]", "callbacks=[checkpoint,monitor]")

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 import hostile
 from conftest import QUICK, Command, command, run_in
-from espalier import config, remote
+from espalier.config import compose
 from espalier.errors import ConfigError
+from espalier.runs import remote
 
 TRAIN = ("train", "model=mlp", "model.hidden=[16]", "trainer.max_epochs=1", *QUICK)
 
@@ -68,7 +69,7 @@ def test_a_run_that_resumes_may_start_from_no_hostile_source(
 ):
     """A resumed compression reads the checkpoint that it started from, by the path that it says."""
     content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
-    composed = OmegaConf.to_container(config.compose(["task=compress", "compression=[ptq]"]))
+    composed = OmegaConf.to_container(compose.compose(["task=compress", "compression=[ptq]"]))
     content["espalier"]["config"] |= {group: composed[group] for group in ("task", "compression")}
     content["espalier"]["config"]["source"] = str(files["target os.system"])
     Path("run/checkpoints").mkdir(parents=True)

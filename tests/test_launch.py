@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from conftest import QUICK, Command, launch
-from espalier.config import compose
+from espalier.config.compose import compose
 from espalier.errors import EspalierError, StoppedError
-from espalier.prepare import num_processes, prepare
+from espalier.processes.signals import InterruptedByUserError, heeded
 from espalier.run import Run
-from espalier.signals import InterruptedByUserError, heeded
+from espalier.validate import num_processes, prepare
 
 RANKS = """
 import os, signal, subprocess, sys, time

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from espalier import telemetry
+from espalier.processes import telemetry
 
 ROOT = Path(__file__).parents[1]
 # Python runs this before anything else; whatever asks for a name or an address is written down, and refused.

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import QUICK, Command, command
-from espalier import build
+from espalier.composition import build
 from espalier.errors import CONTROL
-from espalier.measure import comparison, frontier
+from espalier.reporting import comparison, pareto
 from unit.test_comparison import Page, row, stored
 
 NASTY = "a<script>b"
@@ -170,5 +170,5 @@ def test_no_word_of_a_stranger_reaches_a_terminal_as_a_command(espalier: Command
 
 def test_dollars_in_a_name_are_no_formula(tmp_path: Path):
     points = comparison.points([row("$\\frac$ of $5", 0.9, 2), row("a_b^c", 0.8, 1)], "test/accuracy", "1")
-    frontier.pareto(points, "test/accuracy", "1", tmp_path / "pareto.png")
+    pareto.pareto(points, "test/accuracy", "1", tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").is_file()

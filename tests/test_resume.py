@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conftest import Command, command, run_in
 from espalier.callbacks.monitor import Monitor
-from espalier.checkpoint import CheckpointIO
+from espalier.runs.checkpoint import CheckpointIO
 from helpers import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The number of training batches")

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from conftest import Command, command
-from espalier.checkpoint import CheckpointIO
 from espalier.data.loaders import Batch
 from espalier.errors import StoppedError
-from espalier.learners.interrupt import HANGUP, Interrupt, heard, leave_terminal
 from espalier.learners.learner import Learner
-from espalier.signals import heeded
+from espalier.processes.signals import heeded
+from espalier.processes.stop_signal import HANGUP, Interrupt, heard, leave_terminal
+from espalier.runs.checkpoint import CheckpointIO
 from test_resume import CrashError, measured, rows, tensors
 
 TINY = (  # 5 batches an epoch, 4 of validation

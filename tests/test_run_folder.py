@@ -12,9 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from conftest import Command, command
-from espalier import catalog, cli, config, folders, overrides, ownership, runs
+from espalier.cli import entry, folders
+from espalier.config import compose, conf_dir, overrides
 from espalier.errors import ConfigError
 from espalier.run import Run
+from espalier.runs import ownership, run_folder
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,progress]")
 SMALL = ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.limit_train_batches=2", *QUIET)
@@ -72,7 +74,7 @@ def there(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
 # --- one owner ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", [task for task in catalog.groups()["task"] if task != "serve"])
+@pytest.mark.parametrize("task", [task for task in conf_dir.groups()["task"] if task != "serve"])
 def test_no_task_writes_over_a_run(there: Command, place: Path, task: str):
     before = contents(place)
     source = f"export {ALL}" if task == "predict" else ALL
@@ -81,7 +83,7 @@ def test_no_task_writes_over_a_run(there: Command, place: Path, task: str):
     assert done.code == 2
     [line] = done.err.splitlines()
     assert line.startswith(f"espalier: hydra.run.dir={ALL}: holds a run already (report.json)")
-    assert ("resume=auto" in line) == (task in catalog.TRAINS)
+    assert ("resume=auto" in line) == (task in conf_dir.TRAINS)
     assert contents(place) == before
 
 
@@ -162,7 +164,7 @@ def test_resume_auto_is_decided_once_more_when_the_folder_is_locked(
         (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
         return whole(folder, check)
 
-    monkeypatch.setattr(runs, "begun", begun)
+    monkeypatch.setattr(run_folder, "begun", begun)
     monkeypatch.setattr(ownership, "locked", locked)
     done = espalier("train", *SMALL, "hydra.run.dir=run", "resume=auto")
     assert done.code == 2
@@ -180,7 +182,7 @@ def test_a_refused_start_in_the_current_folder_does_not_remove_it(espalier: Comm
 
 def settled(*words: str) -> dict[str, str]:
     """What Hydra reads out of the words of a command once they are settled, by key."""
-    parsed = overrides.parse(folders.settle(words, cli._task_of(words)))
+    parsed = overrides.parse(folders.settle(words, entry._task_of(words)))
     return {word.key_or_group: OmegaConf.create({"value": word.value()}).value for word in parsed}
 
 
@@ -203,7 +205,7 @@ def test_a_run_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert settled("task=train", f"hydra.run.dir={word}", "resume=auto")["resume"] in (str(run), f"run/{name}")
         assert settled("task=train", f"hydra.run.dir={word}")["hydra.run.dir"] in (str(run), f"run/{name}")
         assert settled("task=train", f"hydra.sweep.dir={word}")["hydra.sweep.dir"] in (str(run), f"run/{name}")
-    assert runs.split(settled("task=report", f"source={run},other")["source"]) == [str(run), str(other)]
+    assert run_folder.split(settled("task=report", f"source={run},other")["source"]) == [str(run), str(other)]
     last = run / "checkpoints" / "epoch=3-last.ckpt"
     last.touch()
     assert settled("task=evaluate", f"source={last}")["source"] == str(last)
@@ -253,7 +255,7 @@ def test_what_a_message_says_to_type_can_be_typed(tmp_path: Path, name: str):
 def composed(espalier: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Where a command would run, trial by trial, as noted in place of a run."""
     found: list[Path] = []
-    monkeypatch.setattr(cli, "_job", lambda cfg: found.append(Path(HydraConfig.get().runtime.output_dir)))
+    monkeypatch.setattr(entry, "_job", lambda cfg: found.append(Path(HydraConfig.get().runtime.output_dir)))
 
     def composed(*words: str) -> list[Path]:
         found.clear()
@@ -303,7 +305,7 @@ def test_a_value_that_lacks_quotes_is_answered_with_them(espalier: Command, tmp_
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     [word] = shlex.split(done.err.partition("quote it: ")[2])
     (tmp_path / value).mkdir()
-    assert config.compose(["data=hub_images", word]).data.path == value
+    assert compose.compose(["data=hub_images", word]).data.path == value
 
 
 def test_a_word_that_is_no_assignment_is_offered_no_quotes(espalier: Command):

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 from canary import CONTROL, FROM_VARIABLE, IN_DOTENV, IN_ENVIRONMENT, LOGIN, TYPED, contents, forms, found
 from conftest import launch
-from espalier import config, runs, secret
+from espalier.config import compose, redaction
 from espalier.errors import ConfigError
+from espalier.runs import run_folder
 
 SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=1", "callbacks=[checkpoint,monitor]")
 FAILING = (*SMALL, *LOGIN, "+callbacks.login.fails=true", "logger=[csv,wandb]")
@@ -85,30 +86,30 @@ def test_a_secret_on_the_command_line_costs_one_line_which_does_not_repeat_it(es
 
 def test_a_secret_in_a_configuration_file_is_refused():
     with pytest.raises(ConfigError, match=r"^data\.token: holds a secret, which every copy of its file keeps; "):
-        secret.refuse_written({"data": {"token": TYPED, "batch_size": 64}})
-    secret.refuse_written({"data": {"token": "${oc.env:HF_TOKEN}", "password": None, "pad_token": "<pad>"}})
+        redaction.refuse_written({"data": {"token": TYPED, "batch_size": 64}})
+    redaction.refuse_written({"data": {"token": "${oc.env:HF_TOKEN}", "password": None, "pad_token": "<pad>"}})
 
 
 def test_no_key_of_any_option_is_taken_for_that_of_a_secret():
-    files = sorted(config.CONF.rglob("*.yaml"))
+    files = sorted(compose.CONF.rglob("*.yaml"))
     assert len(files) > 50
     for file in files:
         plain = OmegaConf.to_container(OmegaConf.load(file))
-        assert secret.scrub_tree(plain) == plain
+        assert redaction.scrub_tree(plain) == plain
 
 
 def test_a_run_that_goes_on_takes_its_secret_from_the_command_line_again(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", TYPED)
     word = "+callbacks.login.token=${oc.env:MY_TOKEN}"
-    stored = secret.scrub_tree(OmegaConf.to_container(config.compose([word]), resolve=True))
-    assert stored["callbacks"]["login"]["token"] == secret.HIDDEN
-    resumed = runs.from_resumed(config.compose(["resume=RUN", word]), stored, ["resume=RUN", word])
+    stored = redaction.scrub_tree(OmegaConf.to_container(compose.compose([word]), resolve=True))
+    assert stored["callbacks"]["login"]["token"] == redaction.HIDDEN
+    resumed = run_folder.from_resumed(compose.compose(["resume=RUN", word]), stored, ["resume=RUN", word])
     assert resumed.callbacks.login.token == TYPED
 
 
 def test_a_stored_configuration_without_its_secret_says_what_to_do():
     with pytest.raises(ConfigError) as refused:
-        secret.require_told({"login": {"token": secret.HIDDEN, "user": "me"}}, "callbacks")
+        redaction.require_told({"login": {"token": redaction.HIDDEN, "user": "me"}}, "callbacks")
     assert str(refused.value) == (
         "callbacks.login.token: a secret, which no run stores; "
         "say again where it is: '+callbacks.login.token=${oc.env:NAME}'"
@@ -132,7 +133,7 @@ def test_a_stored_configuration_without_its_secret_says_what_to_do():
     ],
 )
 def test_secrets_of_the_command_line_are_hidden(words, safe):
-    assert secret.scrub_words(words) == safe
+    assert redaction.scrub_words(words) == safe
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_secrets_of_the_command_line_are_hidden(words, safe):
     ],
 )
 def test_what_only_looks_like_a_secret_stays(text):
-    assert secret.scrub(text) == text
+    assert redaction.scrub(text) == text
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_what_only_looks_like_a_secret_stays(text):
 )
 def test_tokens_of_services_are_hidden_wherever_they_stand(token: str):
     for text in ("{}", "data.path=/x/{}/y", "run_{}", "'{}'", "http://{}@h/x", "ssh://{}@h/x", "git clone {}"):
-        assert secret.scrub(text.format(token)) in (text.format("***"), text.format(f"{token[:3]}***"))
+        assert redaction.scrub(text.format(token)) in (text.format("***"), text.format(f"{token[:3]}***"))
 
 
 def test_a_token_as_user_of_an_address_is_refused_wherever_the_address_stands(espalier):
@@ -187,7 +188,7 @@ def test_a_token_as_user_of_a_source_is_not_repeated(espalier):
 
 
 def test_a_number_that_is_none_is_no_secret():
-    secret.refuse_written({"optimizer": {"lr": float("nan")}})
+    redaction.refuse_written({"optimizer": {"lr": float("nan")}})
 
 
 @pytest.mark.parametrize(
@@ -209,15 +210,15 @@ def test_a_number_that_is_none_is_no_secret():
 )
 def test_values_of_variables_are_secret_if_their_name_speaks_of_one(monkeypatch, name, value, text, safe):
     monkeypatch.setenv(name, value)
-    assert secret.scrub(text) == safe
+    assert redaction.scrub(text) == safe
 
 
 def test_a_log_record_whose_arguments_do_not_fit_is_left_to_its_handler():
-    secret.watch_output()
+    redaction.watch_output()
     record = logging.getLogRecordFactory()("canary", logging.WARNING, "", 1, "%d", ("x",), None)
     assert record.args == ("x",)
 
 
 def test_a_long_text_costs_no_more_than_its_length():
     for part in ("a_", "://", "key-", "{ ", "?sig", "hf "):
-        assert secret.scrub(part * 200_000) == part * 200_000
+        assert redaction.scrub(part * 200_000) == part * 200_000

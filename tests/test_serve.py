@@ -19,8 +19,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import Command, command
-from espalier import checkpoint, networks
-from espalier.runs import EVALUATED
+from espalier.composition import networks
+from espalier.runs import checkpoint
+from espalier.runs.run_folder import EVALUATED
 from espalier.spec import DataSpec
 from served import Server, endless_bundle, linear_bundle, serving
 

@@ -9,7 +9,7 @@ import torch
 
 from conftest import command, launch
 from espalier.errors import EspalierError
-from espalier.learners.interrupt import requeue
+from espalier.processes.stop_signal import requeue
 from ranks import ranks
 from test_resume import assert_same
 

@@ -31,13 +31,14 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
-from espalier import checkpoint, networks
+from espalier.composition import networks
 from espalier.compression.base import finalize
-from espalier.config import compose
+from espalier.config.compose import compose
 from espalier.export import deployed, onnx
-from espalier.measure import latency
-from espalier.prepare import prepare
+from espalier.profiling import latency
 from espalier.run import Run
+from espalier.runs import checkpoint
+from espalier.validate import prepare
 
 ESPALIER = str(Path(sys.executable).parent / "espalier")
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,monitor]")

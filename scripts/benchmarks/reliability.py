@@ -23,10 +23,11 @@ from unittest.mock import patch
 import lightning as L
 import torch
 
-from espalier import config, storage
+from espalier.config import compose
 from espalier.learners import learner
 from espalier.learners.learner import Learner
-from espalier.prepare import prepare
+from espalier.runs import storage
+from espalier.validate import prepare
 
 WARM_EPOCHS, EPOCHS = 1, 3
 WORDS = ["logger=[csv]", "callbacks=[checkpoint,monitor]", "strategy=cpu", f"trainer.max_epochs={WARM_EPOCHS + EPOCHS}"]
@@ -86,7 +87,7 @@ def seconds_per_step(folder: Path) -> float:
     """CPU time of a step in a fresh training."""
     window = Window()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = prepare(config.compose(WORDS), WORDS, folder, task="train")
+        run = prepare(compose.compose(WORDS), WORDS, folder, task="train")
         run.trainer.callbacks.append(window)
         run.trainer.fit(run.learner, run.data)
     return window.seconds / window.num_steps

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from espalier import config
-from espalier.prepare import prepare
+from espalier.config import compose
+from espalier.validate import prepare
 
 BATCH, STEPS, WARM_EPOCHS, EPOCHS = 64, 128, 1, 2
 
@@ -112,7 +112,7 @@ def ours() -> Callable[[int], int]:
             ]
             words += [f"data.num_train={BATCH * STEPS}", "strategy=cpu", f"trainer.max_epochs={epochs}"]
             words += ["trainer.limit_val_batches=0", "trainer.gradient_clip_val=null"]
-            run = prepare(config.compose(words), words, Path(folder), task="train")
+            run = prepare(compose.compose(words), words, Path(folder), task="train")
             return _timed_fit(run.trainer, run.learner, run.data)
 
     return train

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from espalier import cli
+from espalier.cli import entry
 from espalier.learners.learner import Learner
 
 FAULT, RANK, BATCH = os.environ["FAULT"].split(",")
@@ -41,4 +41,4 @@ Learner.training_step = training_step  # type: ignore[method-assign]
 if __name__ == "__main__":
     if BATCH == "-1" and os.environ.get("LOCAL_RANK") == RANK:
         fail()
-    cli.main()
+    entry.main()

@@ -32,12 +32,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from espalier import cli, launch, results, run, storage
-from espalier.callbacks.csv_log import CsvLog
-from espalier.checkpoint import CheckpointIO
+from espalier import run
+from espalier.cli import entry
+from espalier.composition import results
 from espalier.export import deployed
 from espalier.learners.learner import Learner
-from espalier.measure import figures, report
+from espalier.loggers.csv_log import CsvLog
+from espalier.processes import launch
+from espalier.reporting import figures, report
+from espalier.runs import storage
+from espalier.runs.checkpoint import CheckpointIO
 
 PLACES: dict[str, tuple[Any, str, bool]] = {  # what is passed, and whether it is done by then
     "start": (run.Run, "record", False),
@@ -235,7 +239,7 @@ def _called(words: Sequence[str]) -> int:
     sys.orig_argv = list(sys.argv)
     GlobalHydra.instance().clear()
     try:
-        cli.main()
+        entry.main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -35,7 +35,7 @@ import forked
 from combinations import Case
 from forked import Stop
 
-from espalier.learners import interrupt
+from espalier.processes import stop_signal
 
 KILLS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
 RUN_SECONDS = 300.0  # of one run, on a busy machine
@@ -94,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def prepare(folder: Path, cases: Iterable[Case]) -> None:
     """Import what the cases need, and make what they start from."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", interrupt.JOB):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", stop_signal.JOB):
         os.environ.pop(name, None)
     compresses = any(case.drawn["recipe"] != "none" for case in cases)
     reads = any(case.drawn.get("data") == "pictures" for case in cases)

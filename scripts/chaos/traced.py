@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from espalier import cli
+from espalier.cli import entry
 from espalier.data.loaders import Batch
 from espalier.learners.learner import Learner
 from harm import harmed
@@ -39,4 +39,4 @@ if __name__ == "__main__":
     Learner.training_step = training_step  # type: ignore[method-assign]
     if harm:
         Learner.objective = harmed(Learner.objective, int(harmed_step), harm)  # type: ignore[method-assign]
-    cli.main()
+    entry.main()

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from training import Training
 
-from espalier import checkpoint
 from espalier.errors import ConfigError
-from espalier.runs import RESUMED
+from espalier.runs import checkpoint
+from espalier.runs.run_folder import RESUMED
 
 OTHER_DISK = Path("/dev/shm")
 STATE_BYTES = 52e6

@@ -1,5 +1,5 @@
 """Train, compress, measure and ship neural networks."""
 
-from espalier.telemetry import switch_off
+from espalier.processes.telemetry import switch_off
 
 switch_off()  # here, because every part of the package is imported after this line

@@ -14,34 +14,26 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from espalier import (
-    build,
-    checkpoint,
-    lightning_trainer,
-    networks,
-    origin,
-    plan,
-    results,
-    runs,
-    secret,
-    seeding,
-    shortage,
-    terminal,
-)
-from espalier.callbacks.guarded import Guarded, guarded
-from espalier.catalog import TRAINS
-from espalier.checkpoint import Checkpoint, CheckpointIO
+from espalier import seeding
+from espalier.composition import build, networks, origin, plan, results, trainer
 from espalier.compression.base import Compression, Entry, Stage, replay, stage_of, without_teacher
 from espalier.compression.masks import KeepMasks
+from espalier.config import redaction
+from espalier.config.conf_dir import TRAINS
+from espalier.config.hints import nearest
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError, StoppedError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
-from espalier.hints import nearest
-from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
-from espalier.measure import cost
+from espalier.loggers.fault_tolerant import Guarded, guarded
 from espalier.optim.build import require_step
+from espalier.processes import shortage
+from espalier.processes.stop_signal import requeue
+from espalier.profiling import cost
+from espalier.reporting import terminal
+from espalier.runs import checkpoint, run_folder
+from espalier.runs.checkpoint import Checkpoint, CheckpointIO
 from espalier.spec import Report
 
 terminal.hush_lightning()
@@ -203,8 +195,8 @@ class Run:
     @cached_property
     def trainer(self) -> L.Trainer:
         node, folder = self.cfg.trainer, self.folder
-        profiler = lightning_trainer.profiler_of(node, folder)
-        return lightning_trainer.build_trainer(node, profiler, self.callbacks, self.loggers, self.checkpoint_io, folder)
+        profiler = trainer.profiler_of(node, folder)
+        return trainer.build_trainer(node, profiler, self.callbacks, self.loggers, self.checkpoint_io, folder)
 
     @property
     def has_trained(self) -> bool:
@@ -218,7 +210,7 @@ class Run:
 
     def _plain_config(self) -> dict[str, Any]:
         """What is written down of the configuration: plain types, no secrets."""
-        return secret.scrub_tree(OmegaConf.to_container(self.cfg, resolve=True))
+        return redaction.scrub_tree(OmegaConf.to_container(self.cfg, resolve=True))
 
     def perform(self) -> float | None:
         """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint of a training.
@@ -258,7 +250,7 @@ class Run:
         weights = None
         if self.task == "train" or len(late) < len(self.compressions):
             self.trainer.fit(self.learner, self.data, ckpt_path=self.resumed.path if self.resumed else None)
-            weights = lightning_trainer.kept(self.trainer) or self.learner.save_last()
+            weights = trainer.kept(self.trainer) or self.learner.save_last()
         if not late and (weights or self.task == "train"):
             return weights
         if weights:
@@ -266,7 +258,7 @@ class Run:
         for method in late:
             self.learner.model, entry = method.apply_to(self.learner.model)
             self.ledger.append(entry)
-        weights = self.folder / "checkpoints" / runs.COMPRESSED
+        weights = self.folder / "checkpoints" / run_folder.COMPRESSED
         if is_first_rank():
             self.checkpoint_io.save_network(self.learner.model, weights)
         return weights
@@ -280,7 +272,7 @@ class Run:
     @property
     def best_score(self) -> float | None:
         """The monitored metric of the best checkpoint; None where nothing was saved."""
-        return lightning_trainer.best_score(self.trainer)
+        return trainer.best_score(self.trainer)
 
     def cost(self, weights: Path | None) -> dict[str, Any]:
         """Name, runtime and counted cost of the network in a checkpoint file, or of the present one."""

@@ -13,11 +13,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from espalier import catalog, config, targets
+from espalier.config import check, compose, conf_dir
 from espalier.data.hub_images import HubImages
 from espalier.errors import ConfigError
-from espalier.prepare import prepare
 from espalier.run import Run
+from espalier.validate import prepare
 
 NUM_OPTIONS = {  # at least; a search that finds nothing proves nothing
     **{
@@ -32,7 +32,7 @@ NUM_OPTIONS = {  # at least; a search that finds nothing proves nothing
     },
     **{"model": 5, "optimizer": 10, "scheduler": 7, "strategy": 6, "task": 9, "trainer": 1},
 }
-OPTIONS = [(group, option) for group, options in catalog.groups().items() for option in options]
+OPTIONS = [(group, option) for group, options in conf_dir.groups().items() for option in options]
 LISTS = {"callbacks", "compression", "logger", "data/augment"}
 SMALL = {
     "cnn": ("model.channels=[4,8,8]", "model.hidden=[8]"),
@@ -46,7 +46,7 @@ BATCH = 4
 
 
 def options(group: str) -> list[str]:
-    return catalog.groups()[group]
+    return conf_dir.groups()[group]
 
 
 def word(group: str, option: str) -> str:
@@ -56,7 +56,7 @@ def word(group: str, option: str) -> str:
 @cache
 def composed(*words: str) -> DictConfig:
     """Shared between tests, because Hydra takes a third of a second for each."""
-    return config.compose(words)
+    return compose.compose(words)
 
 
 def silent(*words: str) -> DictConfig:
@@ -77,19 +77,19 @@ def built_nodes(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any
 
 
 def test_no_group_is_left_out_and_none_is_empty():
-    found = {group: len(names) for group, names in catalog.groups().items()}
+    found = {group: len(names) for group, names in conf_dir.groups().items()}
     assert {group: found.get(group, 0) for group, least in NUM_OPTIONS.items() if found.get(group, 0) < least} == {}
-    files = [file for file in catalog.CONF.rglob("*.yaml") if file.parent != catalog.CONF]
+    files = [file for file in conf_dir.CONF.rglob("*.yaml") if file.parent != conf_dir.CONF]
     assert len(OPTIONS) == len(files) >= sum(NUM_OPTIONS.values())
-    assert [file for file in catalog.CONF.rglob("*") if file.is_file() and file.suffix != ".yaml"] == []
+    assert [file for file in conf_dir.CONF.rglob("*") if file.is_file() and file.suffix != ".yaml"] == []
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_it_opens_with_a_comment_that_says_what_it_is(group: str, option: str):
-    first, *rest = (catalog.CONF / group / f"{option}.yaml").read_text().splitlines()
+    first, *rest = (conf_dir.CONF / group / f"{option}.yaml").read_text().splitlines()
     opening = rest[0] if first.startswith("# @package") else first
     assert opening.startswith("# ")
-    assert catalog.summary(group, option) == opening.removeprefix("# ")
+    assert conf_dir.summary(group, option) == opening.removeprefix("# ")
     assert len(opening) < 160
 
 
@@ -98,9 +98,9 @@ def test_it_composes_and_passes_the_check(group: str, option: str):
     cfg = composed(word(group, option)).copy()
     if OmegaConf.is_missing(cfg.data, "path"):
         cfg.data.path = "."
-    targets.check(cfg)
+    check.check(cfg)
     for where, node in built_nodes(OmegaConf.to_container(cfg, resolve=True)):
-        named, target = node["_target_"], targets.locate(node["_target_"])
+        named, target = node["_target_"], check.locate(node["_target_"])
         module, private, _ = target.__module__.partition("._")  # torch.optim.Adafactor lies in torch.optim._adafactor
         assert named == f"{module}.{target.__qualname__}", f"{where} does not name the module that defines it"
         assert not private or not named.startswith("espalier.")
@@ -110,7 +110,7 @@ def test_it_composes_and_passes_the_check(group: str, option: str):
 def test_no_value_has_a_second_default_in_the_signature(group: str, option: str):
     for where, node in built_nodes(OmegaConf.to_container(composed(word(group, option)), resolve=True)):
         if node["_target_"].startswith("espalier."):
-            parameters = inspect.signature(targets.locate(node["_target_"])).parameters
+            parameters = inspect.signature(check.locate(node["_target_"])).parameters
             twice = [
                 key for key in node if key in parameters and parameters[key].default is not inspect.Parameter.empty
             ]
@@ -215,7 +215,7 @@ def test_strategies_build_or_say_that_the_machine_lacks_a_gpu(tmp_path: Path, op
 
 @pytest.mark.parametrize("option", options("task"))
 def test_tasks_take_a_run_and_describe_themselves(option: str):
-    task = targets.locate(composed(f"task={option}").task._target_)
+    task = check.locate(composed(f"task={option}").task._target_)
     assert next(iter(inspect.signature(task).parameters)) == "run"
     assert inspect.getdoc(task)
 

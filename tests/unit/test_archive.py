@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from espalier import archive, description
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec
+from espalier.trust import archive, metadata
 
 SPEC = DataSpec("digits", (1, 8, 8), 16.0, (0.3,), (0.4,), ("a", "b"), (3, 4)).to_dict()
 
@@ -17,7 +17,7 @@ SPEC = DataSpec("digits", (1, 8, 8), 16.0, (0.3,), (0.4,), ("a", "b"), (3, 4)).t
 def credible(beside: dict[str, Any] | None = None, **changes: Any) -> None:
     said = {"config": {"model": {"hidden": [8]}}, "spec": SPEC, "compression": [{"method": "qat"}], **changes}
     content = {"espalier": said, "state_dict": {"model.x": torch.ones(2)}, **(beside or {})}
-    description.require_credible("source", Path(__file__), content)
+    metadata.require_credible("source", Path(__file__), content)
 
 
 def test_what_torch_writes_is_safe(tmp_path: Path):
@@ -108,4 +108,4 @@ def test_what_is_not_credible_is_one_line(changes: dict[str, Any], reason: str):
 
 def test_only_the_state_of_a_training_goes_on():
     with pytest.raises(ConfigError, match="holds no loops, so nothing goes on from it"):
-        description.require_state("resume", Path("x"), {"epoch": 1, "global_step": 1})
+        metadata.require_state("resume", Path("x"), {"epoch": 1, "global_step": 1})

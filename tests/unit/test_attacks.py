@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.data.loaders import Batch
-from espalier.measure import attacks
-from espalier.measure.attacks import fgsm, pgd
-from espalier.measure.robustness import harmed
+from espalier.evaluation import attacks
+from espalier.evaluation.attacks import fgsm, pgd
+from espalier.evaluation.robustness import harmed
 from espalier.spec import DataSpec
 
 ANYWHERE = (-float("inf"), float("inf"))

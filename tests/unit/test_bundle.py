@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from espalier.data.prepare import Normalise
+from espalier.data.transforms import Normalise
 from espalier.errors import ConfigError
 from espalier.export import bundle, preprocess
 from espalier.spec import DataSpec

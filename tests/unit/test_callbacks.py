@@ -21,12 +21,12 @@ from espalier.callbacks.ema import EMA
 from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.progress import Progress
 from espalier.callbacks.summary import Summary, parts
-from espalier.checkpoint import CheckpointIO
-from espalier.compression.captured import capture
+from espalier.compression.graph_module import capture
 from espalier.compression.quantizer import OnnxRuntimeQuantizer, prepare
 from espalier.errors import ConfigError
-from espalier.measure.cost import count_macs, count_params
 from espalier.models.resnet import ResNet
+from espalier.profiling.cost import count_macs, count_params
+from espalier.runs.checkpoint import CheckpointIO
 from espalier.spec import DataSpec
 
 CONF = Path(__file__).parents[2] / "conf"

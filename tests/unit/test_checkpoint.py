@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from espalier import checkpoint
-from espalier.checkpoint import Checkpoint, CheckpointIO
 from espalier.errors import ConfigError, EspalierError
+from espalier.runs import checkpoint
+from espalier.runs.checkpoint import Checkpoint, CheckpointIO
 from espalier.spec import DataSpec
 
 SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("no", "yes"), (3, 5))

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from espalier.errors import ConfigError
-from espalier.measure import comparison, frontier, memory, page, report
-from espalier.measure.comparison import Point
+from espalier.profiling import memory
+from espalier.reporting import comparison, page, pareto, report
+from espalier.reporting.comparison import Point
 from espalier.spec import Report
 
 NASTY = '<script>alert("1")</script> | **bold** `tick`'
@@ -71,7 +72,7 @@ def test_runs_without_latency_have_a_front_over_size_alone(tmp_path: Path):
     points = comparison.points([row("a", 0.9, size_bytes=10 * MB), row("b", 0.8, size_bytes=MB)], "test/accuracy", None)
     [line] = comparison.verdicts(points, "test/accuracy", None)
     assert "against size" in line
-    frontier.pareto(points, "test/accuracy", None, tmp_path / "pareto.png")
+    pareto.pareto(points, "test/accuracy", None, tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -211,7 +212,7 @@ def written(tmp_path: Path) -> tuple[str, str]:
     other = stored(tmp_path / "plain", [row("plain net", 0.8)], optimizer={"name": "adam"})
     entries = comparison.read("source", [folder, other])
     points = comparison.points(comparison.rows(entries), "test/accuracy", "1")
-    frontier.pareto(points, "test/accuracy", "1", tmp_path / "figures" / "pareto.png")
+    pareto.pareto(points, "test/accuracy", "1", tmp_path / "figures" / "pareto.png")
     done = Report("report", str(tmp_path), None, 0, comparison.rows(entries), notes=[NASTY])
     metrics, costs = report.columns_of(done)
     tables = {**metrics, **costs}, comparison.differences(entries)

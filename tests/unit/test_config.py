@@ -7,9 +7,10 @@ import pytest
 from annotated_types import Ge
 from omegaconf import OmegaConf
 
-from espalier import catalog, config, overrides, runs, targets
+from espalier.config import check, compose, conf_dir, overrides
+from espalier.config.ranges import Count, Positive, Rate
 from espalier.errors import ConfigError
-from espalier.ranges import Count, Positive, Rate
+from espalier.runs import run_folder
 
 
 def toy(
@@ -23,7 +24,7 @@ GOOD = {"sizes": [1, 2], "name": "a", "share": None, "scale": 2, "table": {"x": 
 
 def problems(node: Mapping[str, Any], *, untrusted: bool = False) -> list[str]:
     try:
-        targets.check(OmegaConf.create({"toy": {"_target_": f"{__name__}.toy", **node}}), untrusted=untrusted)
+        check.check(OmegaConf.create({"toy": {"_target_": f"{__name__}.toy", **node}}), untrusted=untrusted)
     except ConfigError as error:
         return str(error).splitlines()
     return []
@@ -72,13 +73,13 @@ def test_what_is_to_be_built_needs_a_target(group: str):
     cfg = OmegaConf.create({})
     OmegaConf.update(cfg, group, {"width": 3})
     with pytest.raises(ConfigError, match=rf"^{group}\._target_: missing"):
-        targets.check(cfg)
+        check.check(cfg)
 
 
 @pytest.mark.parametrize("target", ["espalier.models.resnet", "espalier.seeding.GOLDEN"])
 def test_a_target_that_cannot_be_called_is_refused(target: str):
     with pytest.raises(ConfigError, match="neither a class nor a function"):
-        targets.check(OmegaConf.create({"model": {"_target_": target}}))
+        check.check(OmegaConf.create({"model": {"_target_": target}}))
 
 
 @pytest.mark.parametrize(
@@ -86,16 +87,16 @@ def test_a_target_that_cannot_be_called_is_refused(target: str):
     [
         "os.system",
         "pathlib.Path.touch",
-        "espalier.cli.shutil.rmtree",  # a trusted module, but only as a way to another one
-        "espalier.measure.provenance.subprocess.run",
-        "espalier.targets.import_module",
+        "espalier.cli.entry.shutil.rmtree",  # a trusted module, but only as a way to another one
+        "espalier.reporting.provenance.subprocess.run",
+        "espalier.config.check.import_module",
         "torch.optim.lr_scheduler.warnings.warn",
         "lightning.pytorch.callbacks.model_checkpoint.os.remove",
     ],
 )
 def test_a_checkpoint_can_name_only_what_was_made_for_it(target: str):
     with pytest.raises(ConfigError, match=r"^model\._target_=.*checkpoint"):
-        targets.check(OmegaConf.create({"model": {"_target_": target}}), untrusted=True)
+        check.check(OmegaConf.create({"model": {"_target_": target}}), untrusted=True)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +106,10 @@ def test_a_checkpoint_can_name_only_what_was_made_for_it(target: str):
         ("model", {"_target_": "espalier.callbacks.monitor.Monitor"}),
         ("data", {"_target_": "espalier.data.module.pick"}),
         ("data", {"_target_": "espalier.data.loaders.Batch"}),
-        ("callbacks", {"x": {"_target_": "espalier.callbacks.csv_log.CsvLog"}}),
+        ("callbacks", {"x": {"_target_": "espalier.loggers.csv_log.CsvLog"}}),
         ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.lambda_function.LambdaCallback"}}),
         ("callbacks", {"x": {"_target_": "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"}}),
-        ("logger", {"x": {"_target_": "espalier.callbacks.wandb_log.mode"}}),
+        ("logger", {"x": {"_target_": "espalier.loggers.wandb_log.mode"}}),
         ("scheduler", {"_target_": "torch.optim.lr_scheduler.partial"}),
         ("scheduler", {"_target_": "torch.optim.lr_scheduler.Counter"}),
         ("optimizer", {"_target_": "torch.optim.optimizer.Optimizer.step"}),
@@ -121,34 +122,34 @@ def test_a_checkpoint_can_name_only_what_was_made_for_it(target: str):
 )
 def test_a_checkpoint_can_build_in_each_group_only_what_belongs_there(group: str, node: dict[str, Any]):
     with pytest.raises(ConfigError, match=r"\._target_=.*not built from a checkpoint"):
-        targets.check(OmegaConf.create({group: node}), untrusted=True)
+        check.check(OmegaConf.create({group: node}), untrusted=True)
 
 
 @pytest.mark.parametrize("value", ["/etc/x", "~/x", "a/../../x", "s3://bucket/x", "C:\\x", "file::/x"])
 def test_a_checkpoint_chooses_no_place_that_is_written_to(value: str):
     node = OmegaConf.create({"callbacks": {"checkpoint": {"filename": value}}})
     with pytest.raises(ConfigError, match=r"^callbacks\.checkpoint\.filename=.*: a place that no checkpoint chooses"):
-        targets.check(node, untrusted=True)
+        check.check(node, untrusted=True)
 
 
 @pytest.mark.parametrize(
-    ("group", "options"), [(group, options) for group, options in catalog.groups().items() if group in targets.BASES]
+    ("group", "options"), [(group, options) for group, options in conf_dir.groups().items() if group in check.BASES]
 )
 def test_each_option_can_come_out_of_a_checkpoint(group: str, options: list[str]):
     for option in options:
         chosen = f"[{option}]" if group in ("callbacks", "logger", "compression") and option != "none" else option
         words = [f"{group}={chosen}", *(["data.path=x"] if option == "hub_images" else [])]
-        targets.check(config.compose(words), untrusted=True)
+        check.check(compose.compose(words), untrusted=True)
 
 
 def test_every_option_can_come_out_of_a_checkpoint():
-    targets.check(config.compose(["callbacks=[default,ema,early_stopping]", "strategy=fsdp"]), untrusted=True)
+    check.check(compose.compose(["callbacks=[default,ema,early_stopping]", "strategy=fsdp"]), untrusted=True)
 
 
 def test_a_checkpoint_may_not_read_the_environment():
     node = OmegaConf.create({"model": {"_target_": "espalier.models.mlp.MLP", "hidden": "${oc.env:HOME}"}})
     with pytest.raises(ConfigError, match="may not interpolate"):
-        targets.check(node, untrusted=True)
+        check.check(node, untrusted=True)
 
 
 @pytest.mark.parametrize(
@@ -161,12 +162,12 @@ def test_a_checkpoint_may_not_read_the_environment():
 )
 def test_a_name_that_stands_for_nothing_is_answered_with_the_nearest(name: str, expected: str):
     with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
-        targets.locate(name)
+        check.locate(name)
 
 
 def test_the_name_of_a_class_or_of_something_inside_it_is_found():
-    assert targets.locate("espalier.spec.DataSpec.to_dict").__qualname__ == "DataSpec.to_dict"
-    assert targets.locate("annotated_types.Ge") is Ge
+    assert check.locate("espalier.spec.DataSpec.to_dict").__qualname__ == "DataSpec.to_dict"
+    assert check.locate("annotated_types.Ge") is Ge
 
 
 def test_each_swept_value_is_composed_once():
@@ -183,38 +184,40 @@ def test_each_swept_value_is_composed_once():
     }
 
 
-STORED = config.compose(["model=mlp", "model.hidden=[7]", "data.batch_size=32", "seed=5", "trainer.max_epochs=3"])
+STORED = compose.compose(["model=mlp", "model.hidden=[7]", "data.batch_size=32", "seed=5", "trainer.max_epochs=3"])
 
 
 def test_a_source_brings_its_network_and_data_but_not_its_trainer():
-    now = runs.from_source(config.compose([]), OmegaConf.to_container(STORED), [], may_change=())
+    now = run_folder.from_source(compose.compose([]), OmegaConf.to_container(STORED), [], may_change=())
     assert (now.model.hidden, now.data.batch_size) == ([7], 32)
     assert (now.seed, now.trainer.max_epochs) == (0, 30)
 
 
 def test_knobs_of_the_data_stay_open_and_the_network_closed():
     stored = OmegaConf.to_container(STORED)
-    now = runs.from_source(config.compose(["data.batch_size=8"]), stored, ["data.batch_size=8"], may_change=())
+    now = run_folder.from_source(compose.compose(["data.batch_size=8"]), stored, ["data.batch_size=8"], may_change=())
     assert (now.data.batch_size, now.model.hidden) == (8, [7])
     with pytest.raises(ConfigError, match=r"^model\.hidden=\[9\]: model comes from source"):
-        runs.from_source(config.compose(["model=mlp"]), stored, ["model.hidden=[9]"], may_change=())
+        run_folder.from_source(compose.compose(["model=mlp"]), stored, ["model.hidden=[9]"], may_change=())
 
 
 def test_a_warm_start_may_choose_another_data_set_and_keeps_the_model():
     words = ["data=synthetic_images", "data.num_classes=3"]
-    now = runs.from_source(config.compose(words), OmegaConf.to_container(STORED), words, may_change=runs.NETWORK)
+    now = run_folder.from_source(
+        compose.compose(words), OmegaConf.to_container(STORED), words, may_change=run_folder.NETWORK
+    )
     assert (now.data.num_classes, now.model.hidden) == (3, [7])
     assert now.data._target_ == "espalier.data.synthetic_images.SyntheticImages"
 
 
 def test_a_resumed_run_keeps_everything_but_what_the_trainer_is_told():
     words = ["trainer.max_epochs=9", "resume=somewhere"]
-    now = runs.from_resumed(config.compose(words), OmegaConf.to_container(STORED), words)
+    now = run_folder.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), words)
     assert (now.trainer.max_epochs, now.model.hidden, now.seed, now.resume) == (9, [7], 5, "somewhere")
     with pytest.raises(ConfigError, match=r"^seed=6: resume continues"):
-        runs.from_resumed(config.compose(["seed=6"]), OmegaConf.to_container(STORED), ["seed=6"])
+        run_folder.from_resumed(compose.compose(["seed=6"]), OmegaConf.to_container(STORED), ["seed=6"])
 
 
 def test_repeating_what_a_resumed_run_was_configured_with_is_no_error():
     words = ["model=mlp", "model.hidden=[7]", "seed=5"]
-    assert runs.from_resumed(config.compose(words), OmegaConf.to_container(STORED), words).seed == 5
+    assert run_folder.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), words).seed == 5

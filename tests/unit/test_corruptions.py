@@ -11,11 +11,11 @@ from scipy.ndimage import rotate as rotated_by_scipy
 from scipy.stats import kstest
 
 from espalier.data.loaders import Batch
-from espalier.data.prepare import Normalise
+from espalier.data.transforms import Normalise
 from espalier.errors import ConfigError
-from espalier.measure import corruptions
-from espalier.measure.corruptions import CIFAR_C, IMAGENET_C, SEVERITIES, corrupt_images, corrupt_table
-from espalier.measure.robustness import harmed, require_applicable
+from espalier.evaluation import corruptions
+from espalier.evaluation.corruptions import CIFAR_C, IMAGENET_C, SEVERITIES, corrupt_images, corrupt_table
+from espalier.evaluation.robustness import harmed, require_applicable
 from espalier.spec import DataSpec
 
 NAMES = [field.name for field in dataclasses.fields(CIFAR_C)]

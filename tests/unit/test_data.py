@@ -6,8 +6,9 @@ from hydra.utils import instantiate
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch import Tensor
 
-from espalier import config, seeding
-from espalier.catalog import CONF
+from espalier import seeding
+from espalier.config import compose
+from espalier.config.conf_dir import CONF
 from espalier.data.augment import Crop, Flip
 from espalier.data.breast_cancer import BreastCancer
 from espalier.data.diabetes import Diabetes
@@ -15,9 +16,9 @@ from espalier.data.digits import Digits
 from espalier.data.loaders import Samples
 from espalier.data.mixing import Mixup
 from espalier.data.module import DataModule, Splits
-from espalier.data.prepare import Prepare
 from espalier.data.splits import statistics, stratified
 from espalier.data.synthetic_images import SyntheticImages
+from espalier.data.transforms import Prepare
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec
 
@@ -46,7 +47,7 @@ def whole(data: DataModule, split: str) -> tuple[Tensor, Tensor]:
 
 
 def composed(*overrides: str):
-    return config.compose(overrides).data
+    return compose.compose(overrides).data
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 from espalier.compression import masks
 from espalier.compression.base import replay
 from espalier.data.loaders import Batch
-from espalier.export import deployed, onnx, verdict
+from espalier.export import conclusions, deployed, onnx
 from espalier.learners.classifier import Classifier
 from espalier.models.mlp import MLP
 from espalier.spec import DataSpec
@@ -60,7 +60,7 @@ def test_masks_count_as_zeros_and_are_gone_from_the_file(tmp_path: Path):
     test = [Batch(torch.randn(2, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2))]
     [measured] = deployed.measure([artifact], learner(model), test, batches=[1], threads=1)
     assert measured["params"] - measured["nonzero"] == 16
-    assert "0.239 of all parameters are zero" in verdict.zeros(measured, artifact)
+    assert "0.239 of all parameters are zero" in conclusions.zeros(measured, artifact)
     assert "weight_mask" in dict(model.layers.linear1.named_buffers()), "the trained network keeps its masks"
 
 
@@ -89,13 +89,13 @@ def test_ratios_say_how_many_times_smaller_and_faster():
 @pytest.mark.parametrize(("mode", "before", "after"), [("max", 0.95, 0.90), ("min", 0.90, 0.95)])
 def test_a_drop_counts_in_the_direction_of_the_metric(mode, before: float, after: float):
     rows = [{"metrics": {"test/m": value}} for value in (before, after)]
-    assert verdict.drop(*rows, "test/m", mode, max_drop=0.06).endswith("0.0500 lost")
-    assert verdict.drop(*rows, "test/m", mode, max_drop=0.04).startswith("TOO MUCH LOST: test/m")
-    assert verdict.drop(*reversed(rows), "test/m", mode, max_drop=0.0).endswith("nothing lost")
+    assert conclusions.drop(*rows, "test/m", mode, max_drop=0.06).endswith("0.0500 lost")
+    assert conclusions.drop(*rows, "test/m", mode, max_drop=0.04).startswith("TOO MUCH LOST: test/m")
+    assert conclusions.drop(*reversed(rows), "test/m", mode, max_drop=0.0).endswith("nothing lost")
 
 
 def test_slower_is_said_for_each_row_and_batch_beyond_the_noise():
-    lines = list(verdict.slower([row(b1=1.0, b32=1.0)], row(b1=1.3, b32=1.04)))
+    lines = list(conclusions.slower([row(b1=1.0, b32=1.0)], row(b1=1.3, b32=1.04)))
     assert lines == ["SLOWER at batch 1: 1.30x the latency of some"]
 
 

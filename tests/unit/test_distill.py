@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.compression import base
-from espalier.compression.captured import capture
 from espalier.compression.distill import Distill, attention_loss, decoupled, distillation, feature_loss
+from espalier.compression.graph_module import capture
 from espalier.data.digits import Digits
 from espalier.data.mixing import Mixup
 from espalier.errors import ConfigError

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from espalier.compression.captured import capture
+from espalier.compression.graph_module import capture
 from espalier.errors import ConfigError
 from espalier.explain import base, quality
 from espalier.explain.base import Setting
-from espalier.explain.shown import choose
+from espalier.explain.selection import choose
 from espalier.models.cnn import CNN
 from espalier.models.vit import ViT
 

@@ -15,12 +15,12 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401, registers the op
 from espalier.compression.base import Conversion
 from espalier.errors import ConfigError
 from espalier.export.onnx import Session, is_integer, operators, unfused, unshare, write
-from espalier.measure.cost import count_params
 from espalier.models.cnn import CNN
 from espalier.models.densenet import DenseNet
 from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
+from espalier.profiling.cost import count_params
 
 SHAPE = (1, 8, 8)
 STEP = 0.05  # of quantized activations

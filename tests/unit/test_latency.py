@@ -7,8 +7,9 @@ from time import sleep
 import numpy as np
 import pytest
 
-from espalier.measure import figures, latency
-from espalier.measure.latency import Latency
+from espalier.profiling import latency
+from espalier.profiling.latency import Latency
+from espalier.reporting import figures
 
 
 def work(amount: int) -> int:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from espalier import launchers
 from espalier.errors import ConfigError
+from espalier.processes import launchers
 
 NAMES = (
     *launchers.BY_HAND,

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 from espalier.data.digits import Digits
 from espalier.data.loaders import Batch
 from espalier.learners.classifier import Classifier
-from espalier.learners.guard import gradient_norm
+from espalier.learners.divergence import gradient_norm
 from espalier.learners.learner import Learner
-from espalier.learners.precision import HalfNetwork
 from espalier.learners.regressor import Regressor
 from espalier.optim.schedules import constant
 from espalier.spec import DataSpec
+from espalier.strategies.precision import HalfNetwork
 
 NUM_CLASSES = 7
 COUNTS = (10, 20, 30, 40, 50, 60, 70)

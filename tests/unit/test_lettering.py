@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib import font_manager
 
-from espalier.measure import figures, lettering
+from espalier.reporting import figures, lettering
 
 CJK = "犬猫"
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from espalier import errors
-from espalier.callbacks import wandb_log
-from espalier.callbacks.csv_log import CsvLog
-from espalier.callbacks.guarded import Guarded, guarded
-from espalier.callbacks.mlflow_log import MlflowLog
-from espalier.callbacks.tensorboard_log import tensorboard
-from espalier.callbacks.wandb_log import WandbLog, log_report
 from espalier.errors import ConfigError
+from espalier.loggers import wandb_log
+from espalier.loggers.csv_log import CsvLog
+from espalier.loggers.fault_tolerant import Guarded, guarded
+from espalier.loggers.mlflow_log import MlflowLog
+from espalier.loggers.tensorboard_log import tensorboard
+from espalier.loggers.wandb_log import WandbLog, log_report
 from espalier.spec import Report
 
 Rows = list[dict[str, str]]
@@ -206,7 +206,7 @@ class Down(Logger):
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "espalier.callbacks.guarded"]
+    return [record.getMessage() for record in caplog.records if record.name == "espalier.loggers.fault_tolerant"]
 
 
 def test_a_logger_that_is_down_is_switched_off_once_and_training_goes_on(tmp_path, caplog):

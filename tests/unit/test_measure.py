@@ -10,7 +10,8 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from espalier.measure import cost, figures, provenance, report
+from espalier.profiling import cost
+from espalier.reporting import figures, provenance, report
 from espalier.spec import Report
 
 

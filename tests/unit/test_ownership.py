@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from espalier import ownership
 from espalier.errors import ConfigError
-from espalier.ownership import LOCK, locked, require_unused
+from espalier.runs import ownership
+from espalier.runs.ownership import LOCK, locked, require_unused
 
 
 @contextmanager

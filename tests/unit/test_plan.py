@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from espalier import plan
+from espalier.composition import plan
 from espalier.errors import ConfigError
 
 

@@ -13,8 +13,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
-from espalier.measure import prediction_files
-from espalier.measure.predictions import (
+from espalier.evaluation import prediction_files
+from espalier.evaluation.predictions import (
     NUM_BINS,
     Predictions,
     calibration,

@@ -7,7 +7,7 @@ import pytest
 
 from espalier.errors import ConfigError
 from espalier.export.bundle import Bundle
-from espalier.export.predictors import choose
+from espalier.export.runtimes import choose
 
 
 def holding(*names: str) -> Bundle:

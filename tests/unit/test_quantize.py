@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from espalier.compression import qat
-from espalier.compression.captured import CapturedNet, capture
+from espalier.compression.graph_module import CapturedNet, capture
 from espalier.compression.ptq import PTQ, linear_share
 from espalier.compression.qat import QAT, RoundedLinear, round_inputs, round_weight
 from espalier.compression.quantizer import OnnxRuntimeQuantizer, make_quantizer, prepare

@@ -20,17 +20,17 @@ from omegaconf import OmegaConf
 from onnx import helper
 from PIL import Image
 
-from espalier import catalog
+from espalier.config import conf_dir
 from espalier.errors import ConfigError
 from espalier.serving import inputs, occlusion, predictor
 from espalier.serving.app import App, Row
 from espalier.serving.batcher import Batcher
 from espalier.serving.errors import ClientGoneError, RequestError
 from espalier.serving.hosts import Hosts, require_names
-from espalier.serving.patience import patiently
 from espalier.serving.predictor import Predictor
 from espalier.serving.protocol import Protocol
 from espalier.serving.settings import Settings
+from espalier.serving.timeouts import patiently
 from espalier.spec import DataSpec
 from served import bundle_of, endless_bundle, linear_bundle
 
@@ -493,7 +493,7 @@ def test_a_small_request_waits_no_longer_than_it_is_wanted(tmp_path: Path) -> No
 
 
 def test_the_command_line_of_the_process_has_the_values_of_the_yaml(tmp_path: Path) -> None:
-    written = OmegaConf.to_container(OmegaConf.load(catalog.CONF / "task" / "serve.yaml"))
+    written = OmegaConf.to_container(OmegaConf.load(conf_dir.CONF / "task" / "serve.yaml"))
     assert isinstance(written, dict)
     del written["_target_"]
     assert Settings.from_words([str(tmp_path)]) == Settings(bundle=tmp_path, **written)

@@ -15,10 +15,10 @@ import fsspec
 import pytest
 import torch
 
-from espalier import checkpoint, storage
 from espalier.callbacks.best_and_last import BestAndLast
-from espalier.checkpoint import CheckpointIO
 from espalier.errors import ConfigError, EspalierError
+from espalier.runs import checkpoint, storage
+from espalier.runs.checkpoint import CheckpointIO
 from espalier.spec import DataSpec
 
 SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("no", "yes"), (3, 5))

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.compression import base, low_rank, prune_channels, shapes
+from espalier.compression import base, channel_groups, low_rank, prune_channels
 from espalier.compression.low_rank import LowRank
 from espalier.compression.prune_channels import PruneChannels
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
-from espalier.measure.cost import count_macs, count_params
 from espalier.models.blocks import Attention, Residual
 from espalier.models.cnn import CNN
 from espalier.models.densenet import DenseNet
 from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
+from espalier.profiling.cost import count_macs, count_params
 from espalier.spec import DataSpec
 
 SHAPE = (1, 8, 8)
@@ -83,7 +83,7 @@ def stored(model: nn.Module, ledger: list[base.Entry]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-def silence(model: nn.Module, groups: list[shapes.Group], dead: list[Tensor]) -> None:
+def silence(model: nn.Module, groups: list[channel_groups.Group], dead: list[Tensor]) -> None:
     """Let those channels be zero for every input, by the weights that make and scale them."""
     with torch.no_grad():
         for group, channels in zip(groups, dead, strict=True):
@@ -94,7 +94,7 @@ def silence(model: nn.Module, groups: list[shapes.Group], dead: list[Tensor]) ->
                         tensor.movedim(axis, 0)[part.positions[torch.isin(part.channels, channels)]] = 0
 
 
-def every_other(group: shapes.Group) -> Tensor:
+def every_other(group: channel_groups.Group) -> Tensor:
     return torch.arange(0, group.num_channels, 2)
 
 
@@ -102,7 +102,7 @@ def every_other(group: shapes.Group) -> Tensor:
 def test_a_network_says_the_same_without_the_channels_that_said_nothing(name: str):
     model = network(name)
     skip = ["patches"] if name == "vit" else []  # the norms of a transformer would see fewer features
-    groups = shapes.coupled(model, SHAPE, skip)
+    groups = channel_groups.coupled(model, SHAPE, skip)
     assert groups
     silence(model, groups, [every_other(group) for group in groups])
     x = samples(7).x
@@ -140,12 +140,12 @@ def test_only_what_changed_is_written_down():
     before = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 4, 10))
     after = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 4, 10))
     statistics = {"weight": [6], "bias": [6], "running_mean": [6], "running_var": [6]}
-    assert shapes.differences(before, after) == {
+    assert channel_groups.differences(before, after) == {
         "0": {"out_channels": 6, "weight": [6, -1, -1, -1], "bias": [6]},
         "1": {"num_features": 6, **statistics},
         "3": {"in_features": 24, "weight": [-1, 24]},
     }
-    assert repr(shapes.reshape(before, shapes.differences(before, after))) == repr(after)
+    assert repr(channel_groups.reshape(before, channel_groups.differences(before, after))) == repr(after)
 
 
 def test_the_sizes_fit_a_network_with_another_head():
@@ -170,7 +170,7 @@ def test_a_magnitude_counts_the_weights_that_its_criterion_names():
         model[0].weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
         model[1].weight.copy_(torch.tensor([-0.5, 2.0]))
         model[2].weight.copy_(torch.tensor([[4.0, -1.0]]))
-    groups = shapes.coupled(model, (2,), [])
+    groups = channel_groups.coupled(model, (2,), [])
     expected = {"l1": [3, 3], "l2": [5, 9], "bn_scale": [0.5, 2], "group_l2": [5 + 0.25 + 16, 9 + 4 + 1]}
     for criterion, scores in expected.items():
         (found,) = prune_channels.weight_scores(model, groups, criterion)
@@ -181,7 +181,7 @@ def test_taylor_is_the_squared_change_where_the_loss_is_linear():
     model = MLP(SHAPE, 10, [4], "relu", "none", 0.0)
     batch = samples(32)
     loss = lambda output, y: output.sum(1).mean()  # noqa: E731
-    (scores,) = prune_channels.taylor_scores(model, shapes.coupled(model, SHAPE, []), batch, loss)
+    (scores,) = prune_channels.taylor_scores(model, channel_groups.coupled(model, SHAPE, []), batch, loss)
     for channel in range(4):
         without = copy.deepcopy(model)
         with torch.no_grad():

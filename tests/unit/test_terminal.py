@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from espalier import terminal
 from espalier.callbacks import summary
 from espalier.errors import ConfigError
-from espalier.measure import predictions, report
-from espalier.measure.predictions import ClassScore
+from espalier.evaluation import predictions
+from espalier.evaluation.predictions import ClassScore
+from espalier.reporting import report, terminal
 
 MARKUP = "[/x] [red]y[/red] :bug:"
 COMMANDS = "a\x1b]0;title\x07b\x9b2Jc\u202ed"

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from espalier.errors import ConfigError
-from espalier.export import torch_export, vetting
-from espalier.export.vetting import require_harmless
+from espalier.export import torch_export
 from espalier.models.mlp import MLP
+from espalier.trust import torch_program
+from espalier.trust.torch_program import require_harmless
 
 SHAPE = (1, 4, 4)
 PROGRAM, SAMPLE = "models/model.json", "data/sample_inputs/model.pt"
@@ -196,6 +197,6 @@ def test_nothing_but_operators_on_tensors_is_called(honest: Path, tmp_path: Path
 @pytest.mark.parametrize("text", ["1", "s1", "s11", "Mod1", "'s1'", "positive=True"])
 def test_a_long_text_in_place_of_a_size_is_judged_in_time(text: str):
     began = time.perf_counter()
-    assert not vetting.SIZE.fullmatch(text * 1000 + "!")
+    assert not torch_program.SIZE.fullmatch(text * 1000 + "!")
     assert time.perf_counter() - began < 5  # each digit doubled it: years
-    assert vetting.SIZE.fullmatch("Mul(Integer(4), Symbol('s77', positive=True, integer=True)) + s0*12")
+    assert torch_program.SIZE.fullmatch("Mul(Integer(4), Symbol('s77', positive=True, integer=True)) + s0*12")

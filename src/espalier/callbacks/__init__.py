@@ -1,1 +1,1 @@
-"""Everything that only watches or guards a run: Lightning callbacks and loggers."""
+"""Everything that only watches or guards a run: Lightning callbacks."""

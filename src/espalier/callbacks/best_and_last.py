@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from espalier import runs
-from espalier.learners.collective import Question
+from espalier.config.ranges import Count, Positive
 from espalier.learners.position import ends_here, is_between_steps
-from espalier.ranges import Count, Positive
-from espalier.storage import Mirror
+from espalier.runs import run_folder
+from espalier.runs.storage import Mirror
+from espalier.strategies.collective import Question
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class BestAndLast(ModelCheckpoint):
     def _forget(self, gone: Sequence[str]) -> None:
         """Leave out those of the best that are not in the folder any more."""
         kept = {path: score for path, score in self.best_k_models.items() if path not in gone}
-        if self.best_model_path in gone and runs.best_in(Path(str(self.dirpath))) is None:
+        if self.best_model_path in gone and run_folder.best_in(Path(str(self.dirpath))) is None:
             log.warning("%s: not there any more; the best is chosen among those to come", self.best_model_path)
         worst_first = sorted(kept, key=lambda path: float(kept[path]), reverse=self.mode == "min")
         self.best_k_models = kept

@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from espalier.config.ranges import Count, Rate
 from espalier.errors import ConfigError
-from espalier.ranges import Count, Rate
 
 
 def decay_at(step: int, decay: float) -> float:

@@ -11,9 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from espalier import terminal
-from espalier.measure.report import duration
-from espalier.ranges import Positive
+from espalier.config.ranges import Positive
+from espalier.reporting import terminal
+from espalier.reporting.report import duration
 
 
 class Progress(L.Callback):

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from espalier import terminal
-from espalier.measure.cost import FLOPS_PER_MAC, count_params, counting
-from espalier.measure.report import si
-from espalier.ranges import Count
+from espalier.config.ranges import Count
+from espalier.profiling.cost import FLOPS_PER_MAC, count_params, counting
+from espalier.reporting import terminal
+from espalier.reporting.report import si
 
 
 @dataclass

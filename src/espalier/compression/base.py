@@ -26,9 +26,9 @@ import lightning as L
 from torch import nn
 
 from espalier import compression
+from espalier.config.hints import nearest
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
-from espalier.hints import nearest
 
 FUNCTIONS = ("replay", "finalize")  # of a method's file
 Entry = dict[str, Any]  # "method" and plain values

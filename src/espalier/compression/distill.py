@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.compression.base import Compression, Entry, Stage
-from espalier.compression.captured import CapturedNet
+from espalier.compression.graph_module import CapturedNet
+from espalier.config.hints import nearest
+from espalier.config.ranges import NonNegative, Positive, Share
 from espalier.errors import ConfigError
-from espalier.hints import nearest
 from espalier.learners.learner import Learner
-from espalier.ranges import NonNegative, Positive, Share
 from espalier.seeding import generator
 from espalier.spec import DataSpec
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from espalier import seeding
 from espalier.compression.base import Compression, Entry, Samples, Stage, is_inside, require_modules
-from espalier.compression.shapes import Group, Role, coupled, cut, differences, reshape
+from espalier.compression.channel_groups import Group, Role, coupled, cut, differences, reshape
+from espalier.config.ranges import Count, Rate
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
-from espalier.measure.cost import count_macs
 from espalier.models.blocks import Residual
-from espalier.ranges import Count, Rate
+from espalier.profiling.cost import count_macs
 from espalier.spec import DataSpec
 
 STAGE = Stage.STRUCTURE

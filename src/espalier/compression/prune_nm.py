@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from espalier.compression import masks
 from espalier.compression.base import Compression, Entry, Stage
+from espalier.config.ranges import Count, Share
 from espalier.errors import ConfigError
-from espalier.ranges import Count, Share
 
 STAGE = Stage.MASK
 

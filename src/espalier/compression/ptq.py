@@ -12,12 +12,12 @@ from torch import nn
 
 from espalier.compression import qat
 from espalier.compression.base import Compression, Entry, Samples, Stage
-from espalier.compression.captured import CapturedNet
+from espalier.compression.graph_module import CapturedNet
 from espalier.compression.qat import check_skip, layers, make_entry, natural_mode
 from espalier.compression.quantizer import Target, calibrate
+from espalier.config.ranges import Count
 from espalier.errors import ConfigError
-from espalier.measure.cost import count_params
-from espalier.ranges import Count
+from espalier.profiling.cost import count_params
 from espalier.spec import DataSpec
 
 STAGE = Stage.QUANTIZE

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from espalier.compression.captured import (
+from espalier.compression.graph_module import (
     ATEN,
     BATCH_NORM,
     CONVOLUTIONS,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from annotated_types import Gt, Le
 from torch import Tensor
 
-from espalier.ranges import Share
+from espalier.config.ranges import Share
 
 Degrees = Annotated[float, Gt(0), Le(180)]
 PartOfWhole = Annotated[float, Gt(0), Le(1)]

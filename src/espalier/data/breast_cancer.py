@@ -7,10 +7,10 @@ doi.org/10.24432/C5DW2B. It has no official split; ours is 64 / 16 / 20 %, strat
 import torch
 from sklearn.datasets import load_breast_cancer
 
+from espalier.config.ranges import Count
 from espalier.data.loaders import Samples
 from espalier.data.module import DataModule, Splits, class_counts
 from espalier.data.splits import statistics, stratified
-from espalier.ranges import Count
 from espalier.spec import DataSpec
 
 TEST_SHARE = 0.20

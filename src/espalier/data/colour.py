@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import Tensor
 
+from espalier.config.ranges import Share
 from espalier.data.augment import Augmentation
-from espalier.ranges import Share
 
 HueTurn = Annotated[float, Ge(0), Le(0.5)]
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode "L"

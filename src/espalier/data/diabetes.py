@@ -7,10 +7,10 @@ official split; ours is 64 / 16 / 20 %. Measurements are raw: scikit-learn scale
 import torch
 from sklearn.datasets import load_diabetes
 
+from espalier.config.ranges import Count
 from espalier.data.loaders import Samples
 from espalier.data.module import DataModule, Splits
 from espalier.data.splits import statistics, stratified
-from espalier.ranges import Count
 from espalier.spec import DataSpec
 
 TEST_SHARE = 0.20

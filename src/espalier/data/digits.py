@@ -7,11 +7,11 @@ The test set of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Di
 import torch
 from sklearn.datasets import load_digits
 
+from espalier.config.ranges import Count
 from espalier.data.augment import Augmentation
 from espalier.data.loaders import Samples
 from espalier.data.module import DataModule, Splits, class_counts
 from espalier.data.splits import statistics, stratified
-from espalier.ranges import Count
 from espalier.spec import DataSpec
 
 TEST_SHARE = 0.20

@@ -16,6 +16,7 @@ import torch
 from annotated_types import Gt, Lt
 from torch import Tensor
 
+from espalier.config.ranges import Count, Index
 from espalier.data import image_reader, picture_folder, pictures
 from espalier.data.augment import Augmentation
 from espalier.data.image_reader import Files, ImageReader
@@ -25,7 +26,6 @@ from espalier.data.picture_folder import WORDS, shown, some
 from espalier.data.picture_table import Table, choose, open_table
 from espalier.data.splits import statistics, stratified
 from espalier.errors import ConfigError
-from espalier.ranges import Count, Index
 from espalier.spec import DataSpec
 
 PartShare = Annotated[float, Gt(0), Lt(1)]

@@ -9,8 +9,8 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
+from espalier.config.ranges import Positive, Share
 from espalier.data.augment import Augmentation, box, pick
-from espalier.ranges import Positive, Share
 
 GRID = 4096  # intervals of the table; the error of linear interpolation stays below 1e-3 for alpha >= 0.1
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from espalier import seeding
 from espalier.data.augment import Augmentation
 from espalier.data.loaders import Batch, BatchLoader, Loader, Order, Reader, Samples, StreamLoader
-from espalier.data.prepare import Normalise, Prepare
 from espalier.data.splits import constant, require_finite
+from espalier.data.transforms import Normalise, Prepare
 from espalier.spec import DataSpec
 
 Split = Literal["train", "val", "test"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from espalier.data.pictures import File
 from espalier.errors import ConfigError, require
-from espalier.storage import DISK_IS_FULL
+from espalier.runs.storage import DISK_IS_FULL
 
 
 @dataclass(frozen=True)

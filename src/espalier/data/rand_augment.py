@@ -13,9 +13,9 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
+from espalier.config.ranges import Count
 from espalier.data import colour
 from espalier.data.augment import Augmentation, matrix, pick, warp
-from espalier.ranges import Count
 
 MAX_STRENGTH = 30  # the paper's scale
 MAX_SHEAR = 0.3

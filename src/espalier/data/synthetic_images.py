@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espalier import seeding
+from espalier.config.ranges import Count, Share
 from espalier.data.augment import Augmentation
 from espalier.data.loaders import Samples
 from espalier.data.module import DataModule, Splits, class_counts
 from espalier.data.splits import statistics
-from espalier.ranges import Count, Share
 from espalier.spec import DataSpec
 
 IMAGE_SEED = 1849

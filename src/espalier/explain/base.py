@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier import explain
-from espalier.data.prepare import Normalise
+from espalier.config.hints import nearest
+from espalier.data.transforms import Normalise
 from espalier.errors import ConfigError, require
-from espalier.hints import nearest
 from espalier.spec import DataSpec
 
 EXTRA = "explain"

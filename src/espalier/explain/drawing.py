@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from espalier.explain.shown import Shown
-from espalier.measure import attributions
-from espalier.measure.attributions import Explained
-from espalier.measure.lettering import plain
+from espalier.explain.selection import Shown
+from espalier.reporting import attributions
+from espalier.reporting.attributions import Explained
+from espalier.reporting.lettering import plain
 from espalier.spec import DataSpec
 
 

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from espalier.compression.captured import CapturedNet, module_names
+from espalier.compression.graph_module import CapturedNet, module_names
+from espalier.config.hints import nearest
 from espalier.errors import ConfigError, require
 from espalier.explain.base import EXTRA, Setting
-from espalier.hints import nearest
 
 PACKAGE = "captum"
 BY_DEFAULT = True

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compression.base import Conversion
+from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export.formats import DTYPES, converting, draft
 from espalier.export.torch_export import program, reloaded, torch_threads
-from espalier.ranges import Count
 
 RUNTIME = "aotinductor"
 FILES = ("model.aot.pt2",)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier import catalog
+from espalier.config import conf_dir
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec
 
@@ -46,7 +46,7 @@ class Bundle:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration of data, model and learner that the network was trained with."""
-        return catalog.completed(self.content["config"])
+        return conf_dir.completed(self.content["config"])
 
     @property
     def ledger(self) -> list[dict[str, Any]]:

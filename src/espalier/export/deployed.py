@@ -14,7 +14,7 @@ from espalier.compression.base import Conversion, Entry, conversion, finalize, w
 from espalier.data.loaders import Batch
 from espalier.export import formats, onnx
 from espalier.learners.learner import Learner
-from espalier.measure import cost, latency
+from espalier.profiling import cost, latency
 
 RUNTIME = "onnxruntime"
 ROUNDS = 15  # of interleaved latency measurement

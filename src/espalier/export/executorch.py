@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compression.base import Conversion
+from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export.formats import DTYPES, converting, draft, require_package, silent
 from espalier.export.torch_export import program
-from espalier.ranges import Count
 
 RUNTIME = "executorch"
 FILES = ("model.pte",)

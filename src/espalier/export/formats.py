@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compression.base import Conversion
-from espalier.compression.captured import CapturedNet
+from espalier.compression.graph_module import CapturedNet
+from espalier.config.ranges import Count
 from espalier.errors import ConfigError
-from espalier.ranges import Count
 
 FORMATS = ("onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino", "safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

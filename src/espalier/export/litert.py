@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compression.base import Conversion
-from espalier.compression.captured import CapturedNet
+from espalier.compression.graph_module import CapturedNet
+from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export.formats import converting, draft, require_package, require_precision, silent
 from espalier.export.torch_export import program
-from espalier.ranges import Count
 
 RUNTIME = "litert"
 FILES = ("model.tflite",)

@@ -19,12 +19,12 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
 from espalier.compression.base import Conversion
-from espalier.compression.captured import CapturedNet
+from espalier.compression.graph_module import CapturedNet
 from espalier.compression.weight_only import encode
+from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export import session
 from espalier.export.formats import draft, quiet, reason, require_precision
-from espalier.ranges import Count
 
 RUNTIME = "onnxruntime"
 FILES = ("model.onnx",)

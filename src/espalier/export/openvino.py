@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compression.base import Conversion
+from espalier.config.ranges import Count
 from espalier.export import onnx
 from espalier.export.formats import converting, draft, require_package, require_precision
-from espalier.ranges import Count
 
 RUNTIME = "openvino"
 FILES = ("model.xml", "model.bin")

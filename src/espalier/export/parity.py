@@ -12,7 +12,7 @@ import torch
 
 from espalier.data.loaders import Reader, Samples
 from espalier.data.module import pick
-from espalier.data.prepare import Normalise
+from espalier.data.transforms import Normalise
 from espalier.export.deployed import Predict
 from espalier.export.preprocess import normalise
 from espalier.learners.learner import Learner

@@ -15,9 +15,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from espalier.compression.base import Conversion
+from espalier.config.ranges import Count
 from espalier.export.formats import DTYPES, converting, draft, on_cpu
-from espalier.export.vetting import require_harmless
-from espalier.ranges import Count
+from espalier.trust.torch_program import require_harmless
 
 RUNTIME = "torch"
 FILES = ("model.pt2",)

@@ -16,11 +16,11 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from espalier.config.ranges import Rate
 from espalier.data.loaders import Batch
-from espalier.learners.collective import SumOverRanks
 from espalier.learners.learner import Learner, Split
-from espalier.ranges import Rate
 from espalier.spec import DataSpec
+from espalier.strategies.collective import SumOverRanks
 
 
 class CrossEntropy(MeanMetric):

@@ -19,17 +19,17 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
-from espalier import global_batch
+from espalier.config.overrides import typed
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError, StoppedError
-from espalier.learners.collective import Question
-from espalier.learners.guard import Guard, gradient_norm
-from espalier.learners.interrupt import Interrupt
+from espalier.learners.divergence import Guard, gradient_norm
 from espalier.learners.position import ends_here, is_between_steps, require_validation, settle
 from espalier.optim.build import build_optimizer, build_scheduler
-from espalier.overrides import typed
+from espalier.processes import global_batch
+from espalier.processes.stop_signal import Interrupt
 from espalier.seeding import seed_step
 from espalier.spec import DataSpec
+from espalier.strategies.collective import Question
 
 Split = Literal["val", "test"]
 NOTHING_SAVED = "nothing is saved, as callbacks has no checkpoint"

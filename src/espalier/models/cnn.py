@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from espalier.config.ranges import Count, Rate
 from espalier.models.blocks import Activation, ConvNormAct, Norm, dense_layers, initialise, make_dropout, require_image
-from espalier.ranges import Count, Rate
 
 
 class CNN(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
 
+from espalier.config.ranges import Count, Rate
 from espalier.models.blocks import (
     STEM_STRIDE,
     Activation,
@@ -25,7 +26,6 @@ from espalier.models.blocks import (
     require_image,
     sequence,
 )
-from espalier.ranges import Count, Rate
 
 KeptShare = Annotated[float, Gt(0), Le(1)]
 

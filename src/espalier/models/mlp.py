@@ -8,8 +8,8 @@ from math import prod
 
 from torch import Tensor, nn
 
+from espalier.config.ranges import Count, Rate
 from espalier.models.blocks import Activation, FeatureNorm, dense_layers, initialise
-from espalier.ranges import Count, Rate
 
 
 class MLP(nn.Module):

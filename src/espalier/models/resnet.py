@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from espalier.config.ranges import Count, Rate
 from espalier.models.blocks import (
     STEM_STRIDE,
     Activation,
@@ -29,7 +30,6 @@ from espalier.models.blocks import (
     require_image,
     sequence,
 )
-from espalier.ranges import Count, Rate
 
 Block = Literal["basic", "bottleneck"]
 

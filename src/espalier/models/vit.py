@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from espalier.config.ranges import Count, Rate
 from espalier.models.blocks import (
     HEAD_STD,
     Activation,
@@ -23,7 +24,6 @@ from espalier.models.blocks import (
     require_image,
     sequence,
 )
-from espalier.ranges import Count, Rate
 
 TokenNorm = Literal["layer", "rms"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from espalier.config.ranges import NonNegative, Positive, Rate
 from espalier.optim.groupwise import Groupwise
-from espalier.ranges import NonNegative, Positive, Rate
 
 
 class Lamb(Groupwise):

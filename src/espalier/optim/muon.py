@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from espalier.config.ranges import Count, NonNegative, Positive, Rate
 from espalier.optim.groups import as_groups, split
 from espalier.optim.groupwise import Groupwise
-from espalier.ranges import Count, NonNegative, Positive, Rate
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steep at 0, so small singular values reach 0.7..1.2 in 5 rounds
 ADAMW_RMS = 0.2  # Liu et al.: root mean square of a typical AdamW update

@@ -8,7 +8,7 @@ A warm-up of w steps rises linearly, (step + 1) / (w + 1), so the first update a
 
 import math
 
-from espalier.ranges import Share
+from espalier.config.ranges import Share
 
 
 def constant(step: int, total_steps: int) -> float:

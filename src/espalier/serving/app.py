@@ -28,11 +28,11 @@ from espalier.serving.batcher import RETRY_AFTER_S, Batcher
 from espalier.serving.body import Message, Receive
 from espalier.serving.errors import ClientGoneError, RequestError
 from espalier.serving.hosts import Hosts
-from espalier.serving.intake import JSON, Intake
 from espalier.serving.metrics import CONTENT_TYPE, Metrics
-from espalier.serving.patience import patiently
 from espalier.serving.predictor import Predictor
+from espalier.serving.request_parsing import JSON, Intake
 from espalier.serving.settings import Settings
+from espalier.serving.timeouts import patiently
 
 Scope = Message
 Send = Callable[[Message], Awaitable[None]]

@@ -13,9 +13,9 @@ import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from espalier.serving.fast_path import ROUTE, Quick
 from espalier.serving.hosts import Hosts
-from espalier.serving.intake import JSON
-from espalier.serving.quick import ROUTE, Quick
+from espalier.serving.request_parsing import JSON
 
 QUICK_URL, QUICK_TYPE = ROUTE.encode(), JSON.encode()
 UNUSUAL = frozenset((b"content-encoding", b"expect", b"transfer-encoding"))

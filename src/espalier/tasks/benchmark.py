@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier import checkpoint, networks
-from espalier.checkpoint import Checkpoint
+from espalier.composition import networks
+from espalier.config.ranges import Count
 from espalier.errors import ConfigError
-from espalier.export import candidates, deployed, formats
+from espalier.export import benchmark_targets, deployed, formats
+from espalier.export.benchmark_targets import IN_TORCH, Candidate, Network, Precision, Runtime
 from espalier.export.bundle import Bundle
-from espalier.export.candidates import IN_TORCH, Candidate, Network, Precision, Runtime
-from espalier.measure import comparison, frontier, provenance, report
-from espalier.ranges import Count
+from espalier.reporting import comparison, pareto, provenance, report
 from espalier.run import Run
+from espalier.runs import checkpoint
+from espalier.runs.checkpoint import Checkpoint
 from espalier.spec import Report
 
 MAX_COMPILED = 1024  # forms of one forward: networks, batch sizes, threads; after 8 torch would go on uncompiled
@@ -47,7 +48,7 @@ def benchmark(
         raise ConfigError(*(f"task.{name}=[]: nothing to measure; name at least one" for name in empty))
     require(run, runtimes)
     run.record()
-    plan, notes = candidates.plan(list(sources(run)), runtimes, precision)
+    plan, notes = benchmark_targets.plan(list(sources(run)), runtimes, precision)
     if not plan:
         raise ConfigError(f"task.runtimes=[{','.join(runtimes)}]: nothing to run; {'; '.join(notes)}")
     rows: list[dict[str, Any]] = []
@@ -56,17 +57,17 @@ def benchmark(
     with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True):
         for count in dict.fromkeys(threads):
             torch.set_num_threads(count)
-            ready, failed = candidates.build(plan, device, files, max(batches), count)
+            ready, failed = benchmark_targets.build(plan, device, files, max(batches), count)
             notes += failed
             run.say(f"{len(ready)} candidates take turns on {count} thread{'s' if count > 1 else ''}")
             notes += measure(run, ready, batches, rounds, score=score)
             if memory:
                 run.say("peak memory: a process for each candidate")
-                notes += candidates.weigh(ready, count)
+                notes += benchmark_targets.weigh(ready, count)
             for row in (each.row for each in ready):
                 several = {"name": f"{row['name']}, {count} threads", "threads": count}
                 rows.append(row | (several if len(threads) > 1 else {}))
-    frontier.latency(rows, run.folder / "figures" / "latency.png")
+    pareto.latency(rows, run.folder / "figures" / "latency.png")
     fastest = {batch: min(rows, key=lambda row: row["latency_ms"][batch]["p50"]) for batch in rows[0]["latency_ms"]}
     notes = [hardware, *remarks(rows[0], fastest), *dict.fromkeys(notes)]
     return run.publish(rows, notes, {f"latency_{batch}": row["speedup"][batch] for batch, row in fastest.items()})
@@ -117,8 +118,8 @@ def measure(
         test = run.data.loader("test", batch_size=max(batches), is_whole=True)
         for each in ready:
             run.say(f"{each.row['name']}: metrics of the test split")
-            each.row["metrics"] = deployed.score(candidates.predictor(each, max(batches)), run.learner, test)
-    yield from candidates.time(ready, next(iter(run.data.loader("test", is_whole=True))).x, batches, rounds)
+            each.row["metrics"] = deployed.score(benchmark_targets.predictor(each, max(batches)), run.learner, test)
+    yield from benchmark_targets.time(ready, next(iter(run.data.loader("test", is_whole=True))).x, batches, rounds)
 
 
 def describe_hardware(run: Run) -> str:

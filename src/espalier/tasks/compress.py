@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
-from espalier import networks
-from espalier.checkpoint import Checkpoint, load
+from espalier.composition import networks
 from espalier.compression import sensitivity
 from espalier.compression.base import Stage, methods, stage_of
+from espalier.config.ranges import Count, NonNegative
 from espalier.errors import ConfigError
-from espalier.export import deployed, verdict
+from espalier.export import conclusions, deployed
 from espalier.export.deployed import Artifact
-from espalier.measure import figures
-from espalier.ranges import Count, NonNegative
+from espalier.reporting import figures
 from espalier.run import Run, is_first_rank
+from espalier.runs.checkpoint import Checkpoint, load
 from espalier.spec import Report
 
 
@@ -37,18 +37,18 @@ def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Coun
     test = run.data.loader("test", is_whole=True)
     rows = deployed.measure(artifacts, run.learner, test, batches, threads)
     metric = run.learner.monitor.replace("val/", "test/")
-    notes.insert(0, verdict.drop(rows[0], rows[-1], metric, run.learner.mode, max_drop))
-    notes += verdict.slower(rows[:-1], rows[-1])
+    notes.insert(0, conclusions.drop(rows[0], rows[-1], metric, run.learner.mode, max_drop))
+    notes += conclusions.slower(rows[:-1], rows[-1])
     if Stage.MASK in stages(run):
-        notes.append(verdict.zeros(rows[-1], artifacts[-1]))
+        notes.append(conclusions.zeros(rows[-1], artifacts[-1]))
     if Stage.QUANTIZE in stages(run):
         final, in_float = artifacts[-1], artifacts[-2].trained
         forms = {"prepared": final.trained} | ({} if final.conversion else {"converted": final.converted})
         values = {form: deployed.score(network, run.learner, test)[metric] for form, network in forms.items()}
         growth = sensitivity.scan(in_float, run.data.samples(sensitivity.NUM_SAMPLES), run.loss, sensitivity.quantized)
-        notes.append(verdict.agreement(metric, {**values, final.runtime: rows[-1]["metrics"][metric]}))
-        notes.append(verdict.fusion(final))
-        notes.append(f"8 bits cost most in {verdict.most_sensitive(growth)}")
+        notes.append(conclusions.agreement(metric, {**values, final.runtime: rows[-1]["metrics"][metric]}))
+        notes.append(conclusions.fusion(final))
+        notes.append(f"8 bits cost most in {conclusions.most_sensitive(growth)}")
     return run.publish(rows, notes, deployed.ratios(rows[0], rows[-1]))
 
 
@@ -78,5 +78,5 @@ def scan_source(run: Run) -> Iterator[str]:
         growth = sensitivity.scan(run.model, run.data.samples(sensitivity.NUM_SAMPLES), run.loss, disturb)
         picture = run.folder / "figures" / f"sensitivity_{harm}.png"
         figures.sensitivity(growth, picture)
-        run.say(f"growth of the loss, one layer at a time {harm}:\n{verdict.ranking(growth)}")
-        yield f"most sensitive to being {harm}: {verdict.most_sensitive(growth)}; all: {picture.name}"
+        run.say(f"growth of the loss, one layer at a time {harm}:\n{conclusions.ranking(growth)}")
+        yield f"most sensitive to being {harm}: {conclusions.most_sensitive(growth)}; all: {picture.name}"

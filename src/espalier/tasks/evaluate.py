@@ -5,19 +5,20 @@ from typing import Any, Literal
 
 import torch
 
-from espalier import networks, terminal
+from espalier.composition import networks
 from espalier.compression.base import conversion, finalize, is_quantized
+from espalier.config.ranges import Count, Positive
 from espalier.data.module import Split
 from espalier.errors import ConfigError
-from espalier.export import deployed, formats, predictors, verdict
+from espalier.evaluation import attacks, error_figures, error_report, prediction_files
+from espalier.evaluation import predictions as answers
+from espalier.evaluation import robustness as harms
+from espalier.evaluation.attacks import Loss
+from espalier.evaluation.robustness import Harm
+from espalier.export import conclusions, deployed, formats, runtimes
 from espalier.export.deployed import Predict
-from espalier.export.predictors import Format, Row
-from espalier.measure import attacks, diagnosis, findings, prediction_files
-from espalier.measure import predictions as answers
-from espalier.measure import robustness as harms
-from espalier.measure.attacks import Loss
-from espalier.measure.robustness import Harm
-from espalier.ranges import Count, Positive
+from espalier.export.runtimes import Format, Row
+from espalier.reporting import terminal
 from espalier.run import Run, is_first_rank
 from espalier.spec import Report
 
@@ -51,9 +52,9 @@ def evaluate(
     row, predict = prepared(run, chosen, threads)
     found = answers.collect(predict, run.data.spec, run.data.loader(split, is_whole=True))
     row["metrics"] = metrics or score(run, split, found)
-    notes = list(findings.describe(found, lambda index_B: run.data.raw(split, index_B).x, run.folder))
+    notes = list(error_report.describe(found, lambda index_B: run.data.raw(split, index_B).x, run.folder))
     if chosen != TORCH:
-        notes += verdict.kept_in_float(chosen, conversion(run.sources[0].ledger))
+        notes += conclusions.kept_in_float(chosen, conversion(run.sources[0].ledger))
     rows = [row]
     if robustness:
         harmed, remarks = harm(run, split, chosen, predict, robustness, epsilon, row)
@@ -79,7 +80,7 @@ def checked_runtime(run: Run, runtime: str | None, names: Sequence[Harm]) -> str
             "bundle does not hold; give the trained RUN as source, with task.runtime=onnx"
         )
     if run.bundle is not None:
-        return predictors.choose(run.bundle, runtime)
+        return runtimes.choose(run.bundle, runtime)
     chosen = runtime or TORCH
     if chosen != TORCH:
         formats.module(chosen).require("task.runtime")
@@ -89,12 +90,12 @@ def checked_runtime(run: Run, runtime: str | None, names: Sequence[Harm]) -> str
 def prepared(run: Run, runtime: str, threads: Count) -> tuple[Row, Predict]:
     """The row of the report without its metrics, and the network in its runtime, in this process alone."""
     if run.bundle is not None:
-        return predictors.of_bundle(run.bundle, runtime, threads)
+        return runtimes.of_bundle(run.bundle, runtime, threads)
     assert run.source is not None
     if runtime == TORCH:
-        return run.cost(run.source.path), predictors.in_torch(networks.trained(run.source), run.trainer.strategy)
+        return run.cost(run.source.path), runtimes.in_torch(networks.trained(run.source), run.trainer.strategy)
     network, shape = networks.deployable(run.source), run.data.spec.shape
-    row, predict = predictors.of_network(network, runtime, shape, run.folder / "export", threads)
+    row, predict = runtimes.of_network(network, runtime, shape, run.folder / "export", threads)
     return {"name": run.cost(None)["name"], **row}, predict
 
 
@@ -120,7 +121,7 @@ def harm(
             for harmed in harms.severities(batches, name, spec, run.cfg.seed, epsilon, loss)
         ]
     unharmed = clean["metrics"][f"{split}/{metric}"]
-    diagnosis.robustness(unharmed, curves, metric, run.folder / "figures" / "robustness.png")
+    error_figures.robustness(unharmed, curves, metric, run.folder / "figures" / "robustness.png")
     notes = [harms.summary(curves, f"{split}/{metric}", unharmed, run.learner.mode)]
     if is_attacked and is_quantized(run.sources[0].ledger):
         notes.append("attacks are transferred: they follow the gradient of the float network, as rounding has none")

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from espalier.config.ranges import Count, Positive
 from espalier.data.module import Split
-from espalier.data.prepare import Normalise
+from espalier.data.transforms import Normalise
 from espalier.errors import ConfigError
-from espalier.explain import base, drawing, measured, verdict
+from espalier.evaluation.predictions import collect
+from espalier.explain import base, conclusions, drawing, scoring
 from espalier.explain.base import Setting
-from espalier.explain.shown import Order, Output, Shown, class_numbers, select, targets
-from espalier.measure.predictions import collect
-from espalier.measure.report import duration
-from espalier.ranges import Count, Positive
+from espalier.explain.selection import Order, Output, Shown, class_numbers, select, targets
+from espalier.reporting.report import duration
 from espalier.run import Run
 from espalier.spec import Report
 
@@ -70,11 +70,11 @@ def explain(
     maps, rows = measure(run, model, shown, settings)
     shown.save(maps, run.folder)
     drawing.draw(spec, run.learner.predict(shown.output), shown, maps, split, run.folder / "figures")
-    notes = [shown.describe(split, output, baseline), *unshown, *left_out, *verdict.untrustworthy(rows)]
+    notes = [shown.describe(split, output, baseline), *unshown, *left_out, *conclusions.untrustworthy(rows)]
     if shown.has_classes:
-        areas = measured.random_order(model, shown, setting)
+        areas = scoring.random_order(model, shown, setting)
         notes.append("in random order: " + ", ".join(f"{name} {area:.4f}" for name, area in areas.items()))
-    return run.publish(rows, [*notes, *verdict.caveats(spec, run.ledger)])
+    return run.publish(rows, [*notes, *conclusions.caveats(spec, run.ledger)])
 
 
 def look_at(
@@ -97,7 +97,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     for name, setting in settings.items():
         start = perf_counter()
-        maps[name], row = measured.measure(name, model, shown, setting)
+        maps[name], row = scoring.measure(name, model, shown, setting)
         run.say(f"{name}: {len(shown)} samples, explained and checked in {duration(perf_counter() - start)}")
         rows.append(row)
     return maps, rows

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from espalier import networks
+from espalier.composition import networks
 from espalier.compression.base import is_quantized
+from espalier.config.ranges import Count, Positive, Rate
 from espalier.errors import ConfigError
-from espalier.export import bundle, deployed, formats, onnx, parity, preprocess, verdict
+from espalier.export import bundle, conclusions, deployed, formats, onnx, parity, preprocess
 from espalier.export.deployed import Deployable
-from espalier.measure import cost, provenance, report
-from espalier.ranges import Count, Positive, Rate
+from espalier.profiling import cost
+from espalier.reporting import provenance, report
 from espalier.run import Run
 from espalier.spec import Report
 
@@ -86,7 +87,7 @@ def write(
     }
     if module.Session is None:
         return row, [f"{name} holds weights alone: nothing runs it, so nothing was compared"]
-    notes = list(verdict.kept_in_float(name, network.conversion))
+    notes = list(conclusions.kept_in_float(name, network.conversion))
     predict = deployed.session(name, path, threads, deployed.is_dynamic(network.conversion))
     found = parity.compare(network.module, predict, run.learner, run.data.splits.test)
     row["metrics"] = found.to_metrics()

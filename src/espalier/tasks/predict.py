@@ -7,15 +7,15 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from espalier.config.ranges import Count
 from espalier.data.module import Split
 from espalier.errors import ConfigError
-from espalier.export import predictors
+from espalier.evaluation import prediction_files
+from espalier.evaluation.predictions import columns
+from espalier.evaluation.shards import MANIFEST, Shards, answered, progress, require_same
+from espalier.export import runtimes
 from espalier.export.bundle import FILE, sha256
-from espalier.export.predictors import Format
-from espalier.measure import prediction_files
-from espalier.measure.predictions import columns
-from espalier.measure.shards import MANIFEST, Shards, answered, progress, require_same
-from espalier.ranges import Count
+from espalier.export.runtimes import Format
 from espalier.run import Run
 from espalier.spec import Report
 
@@ -36,7 +36,7 @@ def predict(
     if run.bundle is None:
         raise ConfigError("source=null: predict needs an exported bundle; make one: espalier export source=RUN")
     prediction_files.require_writer("task", "parquet")
-    chosen = predictors.choose(run.bundle, runtime)
+    chosen = runtimes.choose(run.bundle, runtime)
     shards = Shards(run.folder / FOLDER, len(getattr(run.data.splits, split)), shard_size)
     made_of = {"rows": shards.num_rows, "shard_size": shard_size, "per_class": probabilities}
     manifest = describe(run, split, chosen) | made_of
@@ -46,7 +46,7 @@ def predict(
 
     missing = shards.missing()
     num_new = sum(map(shards.rows_in, missing))
-    row, session = predictors.of_bundle(run.bundle, chosen, threads)
+    row, session = runtimes.of_bundle(run.bundle, chosen, threads)
     opened, begun = partial(run.data.loader, split, is_whole=True), perf_counter()
     with progress(shards.num_rows, done=shards.num_rows - num_new) as advance:
         for start, found in answered(session, run.data.spec, opened, missing, shard_size):

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from espalier import runs, terminal
+from espalier.config.ranges import Count
 from espalier.errors import ConfigError
-from espalier.measure import comparison, frontier, page
-from espalier.measure import report as tables
-from espalier.ranges import Count
+from espalier.reporting import comparison, page, pareto, terminal
+from espalier.reporting import report as tables
 from espalier.run import Run
+from espalier.runs import run_folder
 from espalier.spec import Report
 
 PAGE_NAME = "report.html"
@@ -23,7 +23,7 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
     """
     if not run.cfg.source:
         raise ConfigError("source=null: report needs finished RUNs, such as source=RUN,RUN; try source=latest")
-    folders = [_folder(runs.find("source", each)) for each in runs.split(run.cfg.source)]
+    folders = [_folder(run_folder.find("source", each)) for each in run_folder.split(run.cfg.source)]
     entries = comparison.read("source", folders)
     rows = comparison.rows(entries)
     metric = _choice("metric", metric, [name for row in rows for name in row.get("metrics", {})])
@@ -37,7 +37,7 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
     run.folder.mkdir(parents=True, exist_ok=True)
     if metric and len(points) > 1:
         notes = [*comparison.verdicts(points, metric, size), *notes]
-        frontier.pareto(points, metric, size, run.folder / "figures" / "pareto.png")
+        pareto.pareto(points, metric, size, run.folder / "figures" / "pareto.png")
     differing = comparison.differences(entries)
     if differing:
         terminal.console().print(tables.grid_of(differing))

@@ -9,8 +9,8 @@ from typing import Annotated, NoReturn
 
 from annotated_types import Ge, Le
 
+from espalier.config.ranges import Count, Positive
 from espalier.errors import ConfigError, require
-from espalier.ranges import Count, Positive
 from espalier.run import Run
 
 Port = Annotated[int, Ge(0), Le(65_535)]

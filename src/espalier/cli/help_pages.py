@@ -1,0 +1,80 @@
+"""What the command line tells before it runs anything: overview, help, completion. Torch is never imported."""
+
+from collections.abc import Sequence
+
+from espalier.config import conf_dir
+from espalier.errors import ConfigError
+
+EXAMPLES = """\
+  espalier train                                            a small residual network on handwritten digits, in a minute
+  espalier compress source=latest experiment=digits_small   the same at a twentieth of its size, measured
+  espalier export source=latest                             files for a runtime; then: espalier serve source=latest"""
+FLAGS = """\
+  -m, --multirun   one run per combination of the values in KEY=a,b,c
+  --cfg job        print the composed configuration and stop
+  --traceback      show where an error came from
+  --version        print the versions of this program, of torch and of Lightning
+  --help GROUP     the options of one group, a line each
+  -sc install=bash print the shell code for tab completion: eval "$(espalier -sc install=bash)\""""
+
+
+def overview(tasks: Sequence[str]) -> str:
+    """The tasks, a line each, and three examples."""
+    lines = [f"  espalier {task:<10} {conf_dir.summary('task', task)}" for task in tasks]
+    return "\n".join(["Tasks (`espalier TASK --help` for the rest):", *lines, "", "Examples:", EXAMPLES])
+
+
+def help_page(verb: str, group: str) -> str:
+    """Groups, options and knobs of a task; or, where `group` is one, its options with a line each."""
+    groups = conf_dir.groups()
+    if group in groups:
+        lines = [f"  {group}={option:<20} {conf_dir.summary(group, option)}" for option in groups[group]]
+        return "\n".join([f"Options of {group}:", *lines])
+    task = verb.removeprefix("task=")
+    chosen = conf_dir.defaults()
+    knobs = [f"  task.{line.replace(': ', '=', 1)}" for line in conf_dir.knobs("task", task)]
+    options = [
+        f"  {name:<13} {', '.join(options)}"
+        + (f"   [{chosen[name].strip('[]')}]" if chosen.get(name, "null") != "null" else "")
+        for name, options in groups.items()
+        if name not in ("task", "hydra")
+    ]
+    top = [f"  {line.replace(': ', '=', 1)}" for line in _top_level_lines()]
+    return "\n".join(
+        (
+            f"espalier {task} [GROUP=OPTION] [KEY=VALUE] ...   {conf_dir.summary('task', task)}",
+            *("", "Groups and their options, the default in brackets:", *options),
+            *("", "Keys (`--cfg job` prints them all, such as model.width=32):", *top, *knobs),
+            *("", "Flags:", FLAGS),
+        )
+    )
+
+
+def _top_level_lines() -> list[str]:
+    lines = (conf_dir.CONF / "config.yaml").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith((" ", "#", "defaults"))]
+
+
+def candidates(typed: Sequence[str], word: str, tasks: Sequence[str]) -> list[str]:
+    """What `word` can grow into: a task, an option of a group, or the name of a group or key."""
+    if not typed:
+        return [task for task in tasks if task.startswith(word)]
+    groups = conf_dir.groups()
+    group, equals, start = word.rpartition("=")
+    if equals:
+        return [f"{group}={option}" for option in groups.get(group, []) if option.startswith(start)]
+    from espalier.config import compose, hints
+
+    overrides = [text if "=" in text else f"task={text}" for text in typed if "=" in text or text in tasks]
+    try:
+        composed = compose.compose(overrides)
+    except ConfigError:  # an earlier word is wrong; the defaults help all the same
+        composed = compose.compose()
+    keys = [key for key in hints.keys(composed) if key.startswith(word)]
+    level = word.count(".")  # one level of names at a time, as for folders
+    names = {f"{name}=" for name in [*groups, *keys] if name.startswith(word) and name.count(".") == level}
+    return sorted(names | {f"{key}." for key in _parents(keys) if key.count(".") == level})
+
+
+def _parents(keys: Sequence[str]) -> set[str]:
+    return {key.rpartition(".")[0] for key in keys if "." in key}

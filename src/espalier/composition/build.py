@@ -1,0 +1,48 @@
+"""From one node of the configuration to the object that it describes: a part of a run, or a network."""
+
+import inspect
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from espalier.config import redaction
+from espalier.config.check import check
+from espalier.errors import ConfigError
+from espalier.processes import shortage
+from espalier.runs.checkpoint import Checkpoint
+from espalier.spec import DataSpec
+
+
+def part(key: str, node: DictConfig, **supplied: Any) -> Any:
+    """Return the object of a node, given the arguments of `targets.SUPPLIED` that it accepts.
+
+    Raises:
+        ConfigError: the object refuses its arguments; the message names `key`.
+    """
+    redaction.require_told(OmegaConf.to_container(node, resolve=True), key)
+    factory = instantiate(node, _partial_=True, _convert_="all")
+    accepted = inspect.signature(factory.func).parameters
+    try:
+        return factory(**{name: value for name, value in supplied.items() if name in accepted})
+    except (ValueError, TypeError, ImportError, MisconfigurationException, InstantiationException) as error:
+        raise ConfigError(f"{key}: {error}") from error
+    except RuntimeError as error:
+        if not shortage.is_of_memory(error):
+            raise
+        raise ConfigError(f"{key}: does not fit into memory, {str(error).splitlines()[0]}") from error
+
+
+def model(node: DictConfig, spec: DataSpec) -> nn.Module:
+    """Return a network for such data, with new weights."""
+    return part("model", node, input_shape=spec.shape, num_outputs=spec.num_outputs)
+
+
+def stored_model(stored: Checkpoint) -> nn.Module:
+    """Return the network of a checkpoint with new weights; it may name only what is trusted, wherever it was read."""
+    node = OmegaConf.create({"model": stored.config.get("model")})
+    check(node, untrusted=True)
+    return model(node.model, stored.spec)

@@ -1,0 +1,47 @@
+"""The network of a checkpoint: as it was trained, as it is shipped, in float, or as the start of another training."""
+
+from torch import nn
+
+from espalier.composition import build
+from espalier.composition.origin import require_same_data
+from espalier.compression.base import Entry, Stage, replay, stage_of
+from espalier.data.module import DataModule
+from espalier.errors import ConfigError
+from espalier.export import deployed
+from espalier.export.deployed import Deployable
+from espalier.runs import checkpoint
+from espalier.runs.checkpoint import Checkpoint
+from espalier.runs.run_folder import EVALUATED
+
+
+def trained(stored: Checkpoint) -> nn.Module:
+    """Return the network of a checkpoint as it was trained: masks, adapters and quantizers in place."""
+    model = replay(build.stored_model(stored), stored.ledger)
+    checkpoint.load_weights(model, stored)
+    return model
+
+
+def deployable(stored: Checkpoint) -> Deployable:
+    """Return the network of a checkpoint as it is shipped, beside what it was trained as."""
+    return deployed.deployable(trained(stored), stored.ledger)
+
+
+def in_float(stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
+    """Return the same weights without the quantizers, and the ledger of that."""
+    ledger = [entry for entry in stored.ledger if stage_of(entry["method"]) < Stage.QUANTIZE]
+    model = replay(build.stored_model(stored), ledger)
+    checkpoint.load_fitting_weights(model, stored)
+    return model, ledger
+
+
+def of_teacher(key: str, reference: str, source: str | None, data: DataModule) -> Checkpoint:
+    """Return what another RUN has learned from these data; `source` stands for the run that this one starts from.
+
+    Raises:
+        ConfigError: there is none, or it was trained on other data.
+    """
+    if reference == "source" and not source:
+        raise ConfigError(f"{key}=source: this run starts from no source; name the RUN of the teacher")
+    stored = checkpoint.load_run(key, source if reference == "source" and source else reference, EVALUATED)
+    require_same_data(key, data, stored)
+    return stored

@@ -1,0 +1,72 @@
+"""What a run starts from, a source or its own last checkpoint: whether the data fit, and what it does otherwise now."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from espalier.data.module import DataModule
+from espalier.errors import ConfigError
+from espalier.export.bundle import Bundle
+from espalier.processes import global_batch
+from espalier.runs import run_folder
+from espalier.runs.checkpoint import Checkpoint
+
+NUM_NAMED = 5  # classes in a message
+
+
+def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -> None:
+    """Raise `ConfigError` if samples or classes are not those that the source was trained with."""
+    now, then = data.spec, source.spec
+    if (now.shape, now.class_names) != (then.shape, then.class_names):
+        differing = sorted(set(now.class_names) ^ set(then.class_names))
+        named = f"; not in both: {', '.join(differing[:NUM_NAMED])}" if now.num_outputs == then.num_outputs else ""
+        raise ConfigError(
+            f"{key}={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
+            f"but data is {now.name} {now.shape} with {now.num_outputs}{named}"
+        )
+
+
+def changed_samples(data: DataModule, source: Checkpoint | Bundle) -> list[str]:
+    """Return a remark if the data of the source have changed since: what is tested on may have been trained on."""
+    now, then = data.spec, source.spec
+    if now.name != then.name or not then.class_counts or now.class_counts == then.class_counts:
+        return []
+    return [
+        f"{now.name}: has {sum(now.class_counts)} training samples where {source.path} was trained on "
+        f"{sum(then.class_counts)}; the data have changed, so samples of other splits may be among those it has seen"
+    ]
+
+
+def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:
+    """Raise `ConfigError` if a run cannot go on as it began, because its data have changed since."""
+    now, then = data.spec, resumed.spec
+    if (now.shape, now.class_names, now.class_counts) != (then.shape, then.class_names, then.class_counts):
+        raise ConfigError(
+            f"resume={resumed.path}: began with {sum(then.class_counts)} training samples of {then.num_outputs} "
+            f"outputs, and the data have {sum(now.class_counts)} of {now.num_outputs} now; bring them back as they "
+            "were, or start a new run with source="
+        )
+
+
+def remarks(resumed: Checkpoint, cfg: DictConfig, folder: Path, num_devices: Callable[[], int]) -> Iterator[str]:
+    """Yield what a run that goes on in `folder` does otherwise than before; devices are counted where that matters."""
+    before = global_batch.of(resumed.content)
+    now = before and replace(
+        before,
+        num_devices=num_devices(),
+        batch_size=cfg.data.batch_size,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+    )
+    if before and now and now != before:
+        yield f"goes on with {now}, after {before}: {now.samples_of_step} in a step, as before"
+    kept = () if before is None else run_folder.DEVICES if before == now else (*run_folder.DEVICES, *run_folder.BATCHES)
+    changes = run_folder.changes(resumed.config, cfg, but=kept)
+    if changes:
+        yield f"goes on, but is no longer the run it was: {', '.join(changes)}"
+    if resumed.content.get("has_stopped"):
+        yield (
+            "its training had stopped by itself, so no more is trained; "
+            f"to train its network further: espalier train source={folder}"
+        )

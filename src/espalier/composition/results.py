@@ -1,0 +1,55 @@
+"""What a run leaves in its folder: what it was made of, figures, and the report of what was measured."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from espalier.config import redaction
+from espalier.config.conf_dir import TRAINS
+from espalier.loggers.wandb_log import log_report
+from espalier.reporting import figures, provenance, report, terminal
+from espalier.spec import Report
+
+PROFILE = "profile"  # in the names of a profiler's files
+
+
+def record(folder: Path, config: Mapping[str, Any], words: Sequence[str], *, is_resumed: bool) -> None:
+    """Write down what a run is made of: config, overrides, provenance."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_resumed:
+        (folder / "metrics.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+    OmegaConf.save(OmegaConf.create(dict(config)), folder / "config.yaml")
+    if not (is_resumed and (folder / "overrides.yaml").exists()):  # the words that made the run, not those that go on
+        OmegaConf.save(OmegaConf.create(redaction.scrub_words(words)), folder / "overrides.yaml")
+    (folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
+
+
+def draw(done: Report, folder: Path, tables: Mapping[str, Tensor], class_names: Sequence[str]) -> None:
+    """Draw the figures of a report; `tables` are those that the learner measured."""
+    (folder / "figures").mkdir(exist_ok=True)
+    if (folder / "metrics.csv").exists() and done.task in TRAINS:
+        figures.curves(folder / "metrics.csv", folder / "figures" / "curves.png")
+    if done.task == "compress":
+        figures.trade_off(done.rows, folder / "figures" / "trade_off.png")
+    if "test/confusion_KK" in tables:
+        figures.confusion_matrix(tables["test/confusion_KK"], class_names, folder / "figures" / "confusion.png")
+    if "test/pairs_N2" in tables:
+        predicted, true = tables["test/pairs_N2"].unbind(1)
+        figures.predicted_vs_true(predicted, true, folder / "figures" / "predictions.png")
+
+
+def publish(done: Report, folder: Path, loggers: Iterable[Logger]) -> None:
+    """Hand a report to the loggers, write it, and show its table to the user."""
+    for logger in loggers:
+        log_report(logger, done)
+    report.write(done, folder)  # last: a folder with a report is a finished run
+    console = terminal.console()
+    console.print(report.table(done, console.width))
+    for profile in sorted(folder.glob(f"*-{PROFILE}.txt")):
+        terminal.say(f"profile: {profile}")
+    terminal.say(f"report: {folder / report.MARKDOWN_NAME}")

@@ -1,0 +1,92 @@
+"""Lightning's trainer, with what this program does in its place, and what it knows once it has trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from omegaconf import DictConfig
+
+from espalier.composition import build
+from espalier.composition.results import PROFILE
+from espalier.errors import ConfigError
+from espalier.learners.position import FitLoop
+from espalier.loggers.fault_tolerant import Guarded
+from espalier.runs.checkpoint import CheckpointIO
+from espalier.strategies.environment import environments
+from espalier.strategies.precision import HalfNetwork
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+
+def build_trainer(
+    node: DictConfig,
+    profiler: Profiler | None,
+    callbacks: Sequence[L.Callback],
+    loggers: Sequence[Guarded],
+    checkpoint_io: CheckpointIO,
+    folder: Path,
+) -> L.Trainer:
+    """Return the trainer of a run that writes into `folder`.
+
+    Raises:
+        ConfigError: it cannot be built so, or not all of its devices take part.
+    """
+    trainer = build.part(
+        "trainer",
+        node,
+        **({"profiler": profiler} if profiler else {}),
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[checkpoint_io, *environments()],
+        default_root_dir=folder,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_progress_bar=False,  # conf/callbacks/progress.yaml and summary.yaml stand for Lightning's own
+        enable_model_summary=False,
+        num_sanity_val_steps=0,  # a resumed run would skip them, an unbroken one not
+        use_distributed_sampler=False,  # data/loaders.py shards, and loses or repeats no sample
+    )
+    trainer.fit_loop = FitLoop(trainer)
+    # At SIGTERM Lightning would wait for all ranks, inside of the handler and wherever they are.
+    trainer._signal_connector._sigterm_notifier_fn = lambda number, frame: None
+    # It would ask the first rank for that before every batch, and wait for the answer (processes/stop_signal.py).
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    actual, wanted = trainer.world_size, trainer.num_devices * trainer.num_nodes
+    if actual != wanted:  # each of them would train and be tested on its part of the data alone
+        raise ConfigError(f"trainer.devices: {wanted} in all, but only {actual} take part in this run")
+    if isinstance(trainer.precision_plugin, HalfPrecision):
+        trainer.strategy.precision_plugin = HalfNetwork(trainer.precision_plugin.precision)
+    return trainer
+
+
+def profiler_of(node: DictConfig, folder: Path) -> Profiler | None:
+    """Return Lightning's profiler of that name, which writes into the run folder; None where there is no name.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    name = node.get("profiler")
+    if not isinstance(name, str):
+        return None
+    if name not in PROFILERS:
+        raise ConfigError(f"trainer.profiler={name}: no such profiler; it is one of {', '.join(PROFILERS)}, or null")
+    return PROFILERS[name](dirpath=folder, filename=PROFILE)
+
+
+def kept(trainer: L.Trainer) -> Path | None:
+    """Return the checkpoint that the training found best, else that of its last step; None where it saved none."""
+    keeper = trainer.checkpoint_callback
+    best = getattr(keeper, "best_model_path", "")
+    if best and Path(best).is_file():
+        return Path(best)
+    if isinstance(keeper, ModelCheckpoint) and keeper.save_last and trainer.global_step > 0:
+        return Path(keeper.last_model_path)
+    return None
+
+
+def best_score(trainer: L.Trainer) -> float | None:
+    """Return the monitored metric of the best checkpoint; None where nothing was saved."""
+    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    return None if score is None else float(score)

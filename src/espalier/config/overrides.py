@@ -1,0 +1,144 @@
+"""The words of a command line, `KEY=VALUE`: what Hydra reads in them, and how a text is written so that it reads it."""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
+
+from espalier.config.conf_dir import groups
+from espalier.errors import ConfigError
+
+TEXTS = ("source", "resume", "hydra.run.dir", "hydra.sweep.dir")  # keys whose value is text, quoted or not
+WITH_MEANING = ("", "null", "auto", "latest")  # values of those keys that name no path
+
+
+def quoted(text: str) -> str:
+    """Return the value of an override that Hydra reads as exactly this text."""
+    safe = re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", text)  # or it would be an interpolation
+    return str(QuotedString(safe, Quote.single).with_quotes())
+
+
+def unquoted(value: str) -> str:
+    """Return the text that the value of an override stands for: what is in its quotes, or the value as it is."""
+    if len(value) < 2 or value[0] not in "'\"" or value[0] != value[-1]:
+        return value
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:
+        return value
+    return re.sub(r"(\\+)\$\{", lambda found: f"{found[1][len(found[1]) // 2 + 1 :]}${{", str(parsed))
+
+
+def at_home(path: str) -> str:
+    """Return the path with its `~` replaced, which a shell does at the beginning of a word alone."""
+    return os.path.expanduser(path)  # noqa: PTH111  Path's raises for ~nobody
+
+
+def folder_word(key: str, value: str) -> str:
+    """Return `KEY=VALUE` of a folder as Hydra reads it; `~` is the home, and `${...}` stays an interpolation."""
+    if value in WITH_MEANING:
+        return f"{key}={value}"
+    if "${" not in value:
+        return f"{key}={quoted(at_home(unquoted(value)))}"
+    value = at_home(value)
+    try:
+        OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return f"{key}={value}"
+
+
+def typed(key: str, value: object) -> str:
+    """Return `KEY=VALUE` as one types it into a shell, whatever text the value is."""
+    text = str(value)
+    is_plain = key in TEXTS and unquoted(text) == text and "${" not in text and text not in WITH_MEANING
+    return shlex.quote(f"{key}={text if is_plain else quoted(text)}")
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Command-line words as Hydra reads them.
+
+    Raises:
+        ConfigError: a word is not KEY=VALUE.
+    """
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise ConfigError(malformed(str(error.override))) from error
+
+
+def malformed(text: str) -> str:
+    """Say what is wrong with a word that Hydra cannot parse, and how to quote it if that is all it lacks."""
+    key, equals, value = text.partition("=")
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={quoted(value)}") if equals else None
+    except HydraException:
+        parsed = None
+    hint = f"; if {value} is a text, quote it: {shlex.quote(f'{key}={quoted(value)}')}" if parsed else ""
+    return f"{text}: not of the form KEY=VALUE{hint}"
+
+
+def check_lists(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` if a list of options names one twice: Hydra would take it once, without a word."""
+    problems = []
+    for word in parse(overrides):
+        value = word.value()
+        if word.key_or_group in groups() and isinstance(value, list):
+            problems += [
+                f"{word.input_line}: {name} is listed {value.count(name)} times; once is enough"
+                for name in dict.fromkeys(map(str, value))
+                if value.count(name) > 1
+            ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def trials(overrides: Sequence[str]) -> list[list[str]]:
+    """For each value of each swept word, one list of plain overrides that contains it; no full product.
+
+    Raises:
+        ConfigError: a word stands for values that nobody can list, or is swept twice.
+    """
+    parsed = parse(overrides)
+    searches = any(str(word.key_or_group) == "hydra/sweeper" and word.value() != "basic" for word in parsed)
+    choices = [_choices(word, searches) if word.is_sweep_override() else None for word in parsed]
+    swept = [str(word.key_or_group) for word, choice in zip(parsed, choices, strict=True) if choice]
+    if twice := [key for key in dict.fromkeys(swept) if swept.count(key) > 1]:
+        raise ConfigError(*(f"{key}: swept {swept.count(key)} times; list its values once" for key in twice))
+    plain = [
+        f"{word.get_key_element()}={choice[0]}" if choice else str(word.input_line)
+        for word, choice in zip(parsed, choices, strict=True)
+    ]
+    found = [plain]
+    for place, (word, choice) in enumerate(zip(parsed, choices, strict=True)):
+        for value in (choice or [])[1:]:
+            found.append([*plain[:place], f"{word.get_key_element()}={value}", *plain[place + 1 :]])
+    return found
+
+
+def _choices(word: Override, searches: bool) -> list[str]:
+    """The values of a swept word; of an interval its ends, where a sweeper that searches will choose between them."""
+    value = word.value()
+    if isinstance(value, IntervalSweep):
+        if searches:
+            return [f"{value.start:g}", f"{value.end:g}"]
+        raise ConfigError(
+            f"{word.input_line}: an interval holds no values to try one by one; "
+            f"list them, such as {word.key_or_group}=1,2,3 or range(1,10,3)"
+        )
+    if isinstance(value, Glob):
+        options = groups().get(str(word.key_or_group), [])
+        chosen = value.filter(options)
+        if chosen:
+            return chosen
+        raise ConfigError(
+            f"{word.input_line}: matches no option of {word.key_or_group}; {', '.join(options) or 'none'}"
+        )
+    values = list(word.sweep_string_iterator())
+    if not values:
+        raise ConfigError(f"{word.input_line}: no value at all")
+    return values

@@ -1,0 +1,77 @@
+"""What a reader of the table has to know, in words: what was lost, what is not as fast as it is small."""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from espalier.compression.base import Conversion
+from espalier.export import formats, onnx
+from espalier.export.deployed import Artifact
+from espalier.reporting.report import bytes_
+
+NUM_NAMED = 3  # layers that a remark names
+NUM_RANKED = 10  # layers that a scan lists
+NOISE = 1.05  # ratio of two latencies from which on the difference is one
+
+Row = Mapping[str, Any]  # of a report
+
+
+def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_drop: float) -> str:
+    """The metric of both rows; marked where more than `max_drop`, in the metric's unit, was lost."""
+    then, now = before["metrics"][metric], after["metrics"][metric]
+    lost = then - now if mode == "max" else now - then
+    line = f"{metric} {then:.4f} -> {now:.4f}, " + (f"{lost:.4f} lost" if lost > 0 else "nothing lost")
+    return f"TOO MUCH LOST: {line}, more than task.max_drop={max_drop:g}" if lost > max_drop else line
+
+
+def kept_in_float(name: str, conversion: Conversion | None) -> Iterator[str]:
+    """A remark where a format does not carry out the quantization that the network was meant for."""
+    if conversion is not None and conversion.kind not in formats.module(name).CONVERSIONS:
+        yield f"{name} keeps in float what ONNX Runtime computes in {conversion.bits} bits ({conversion.kind})"
+
+
+def agreement(metric: str, values: Mapping[str, float]) -> str:
+    """The same metric of the same network in several forms: prepared, converted, deployed."""
+    return f"{metric}: " + ", ".join(f"{form} {value:.4f}" for form, value in values.items())
+
+
+def fusion(quantized: Artifact) -> str:
+    """Which integer operators the runtime runs, or that it runs none, or which layers it left in float."""
+    unfused = onnx.unfused(quantized.path)
+    if unfused:
+        return (
+            f"NOT FUSED, run in float by {quantized.runtime}: {', '.join(unfused[:NUM_NAMED])} ({len(unfused)} in all)"
+        )
+    integer = {name: count for name, count in onnx.operators(quantized.path).items() if onnx.is_integer(name)}
+    if not integer:
+        return f"no layer runs in integers: {quantized.runtime} computes in float"
+    return "fused: " + ", ".join(f"{count} {name}" for name, count in sorted(integer.items()))
+
+
+def slower(rows: Iterable[Row], after: Row) -> Iterator[str]:
+    """A line for each of `rows` and each batch size at which `after` takes longer."""
+    for row in rows:
+        for batch_size, timed in row["latency_ms"].items():
+            ratio = after["latency_ms"][batch_size]["p50"] / timed["p50"]
+            if ratio > NOISE:
+                yield f"SLOWER at batch {batch_size}: {ratio:.2f}x the latency of {row['name']}"
+
+
+def zeros(after: Row, pruned: Artifact) -> str:
+    """What masks bring: nothing to a runtime with dense kernels, and a smaller file only where it travels packed."""
+    packed = len(zlib.compress(pruned.path.read_bytes()))
+    share = 1 - after["nonzero"] / after["params"]
+    return (
+        f"{share:.3f} of all parameters are zero; {pruned.runtime} multiplies by zeros as by anything else, "
+        f"so they save time nowhere and space where the file travels packed: {bytes_(packed)} by zlib"
+    )
+
+
+def most_sensitive(growth: Mapping[str, float]) -> str:
+    """The first layers of a sensitivity scan."""
+    return ", ".join(f"{layer} ({loss:+.3g})" for layer, loss in list(growth.items())[:NUM_NAMED])
+
+
+def ranking(growth: Mapping[str, float]) -> str:
+    """A line for each of the first layers of a sensitivity scan."""
+    return "\n".join(f"  {loss:+10.3g}  {layer}" for layer, loss in list(growth.items())[:NUM_RANKED])

@@ -1,0 +1,80 @@
+"""From samples to outputs, and what that costs: a network in torch, a file of a bundle, or a file written for it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+
+from espalier.errors import ConfigError
+from espalier.export import deployed, formats
+from espalier.export.bundle import Bundle
+from espalier.export.deployed import Deployable, Predict
+from espalier.profiling import cost
+
+Format = Literal["onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino"]  # what a runtime runs
+MACHINE_CODE = ("aotinductor",)  # does whatever its author wrote, as soon as it is loaded
+COUNTED = ("runtime", "params", "nonzero", "macs", "size_bytes")  # what a bundle says of each of its formats
+
+Row = dict[str, Any]  # of a report
+
+
+def choose(bundle: Bundle, wanted: str | None) -> str:
+    """The format that `task.runtime` asks for; None: the first of `formats.FORMATS` in it that is no machine code.
+
+    Raises:
+        ConfigError: the bundle has no such format, or this machine no such runtime.
+    """
+    held = [name for name in formats.FORMATS if name in bundle.formats]
+    runnable = [name for name in held if formats.module(name).Session is not None]
+    if not runnable:
+        raise ConfigError(f"source={bundle.path}: holds {', '.join(bundle.formats)}, which nothing runs; export onnx")
+    if wanted is not None and wanted not in runnable:
+        raise ConfigError(
+            f"task.runtime={wanted}: the bundle in {bundle.path} does not hold it, but {', '.join(runnable)}; "
+            "choose one of these or export again"
+        )
+    harmless = [name for name in runnable if name not in MACHINE_CODE]
+    if wanted is None and not harmless:
+        raise ConfigError(
+            f"source={bundle.path}: holds {' and '.join(runnable)} alone, machine code that runs as it is; "
+            f"if you trust its author, say task.runtime={runnable[0]}"
+        )
+    chosen = wanted or harmless[0]
+    formats.module(chosen).require("task.runtime")
+    return chosen
+
+
+def in_torch(network: nn.Module, strategy: Strategy) -> Predict:
+    """The network as a trainer runs it, in its precision and on its device; samples and outputs are on the CPU."""
+    plugin, device = strategy.precision_plugin, strategy.root_device
+    network = plugin.convert_module(network.eval()).to(device)
+
+    def predict(x: Tensor) -> Tensor:
+        with plugin.forward_context():
+            return network(plugin.convert_input(x.to(device))).float().cpu()
+
+    return predict
+
+
+def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
+    """What a bundle says of the cost of one of its formats, and that format, ready to run."""
+    rows = [row for row in bundle.content["report"] if row["name"] == name]
+    row = {"name": bundle.name, **{key: row[key] for row in rows for key in COUNTED if key in row}}
+    return row, deployed.session(name, bundle.file(name), threads, bundle.sample_by_sample)
+
+
+def of_network(
+    network: Deployable, name: str, shape: tuple[int, ...], folder: Path, threads: int
+) -> tuple[Row, Predict]:
+    """The same of a format that is written into `folder`."""
+    module = formats.module(name)
+    path = folder / module.FILES[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    module.write(network.module, shape, path, network.conversion)
+    row = {
+        "runtime": module.RUNTIME,
+        **cost.counts(network.trained, shape),
+        "size_bytes": sum(cost.size_bytes(folder / file) for file in module.FILES),
+    }
+    return row, deployed.session(name, path, threads, deployed.is_dynamic(network.conversion))

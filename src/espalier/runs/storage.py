@@ -1,0 +1,232 @@
+"""How a checkpoint reaches a disk or a bucket whole, and how a damaged one is recognised.
+
+A file is written under a hidden name in its own folder, synced and renamed, so a crash leaves the old one or the new
+one. `SHA256SUMS` beside the files holds the hash of each; `sha256sum -c SHA256SUMS` checks them by hand. While the next
+file moves in, the next list lies beside the present one, so at every moment the file that is there is in one of them.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from espalier.errors import ConfigError
+from espalier.runs.run_folder import BEST, LAST, PREVIOUS
+
+SUMS = "SHA256SUMS"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Folder:
+    """A folder of checkpoints that this process writes; nobody else does."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        names, known = _recorded(path)
+        found = {name: _sha256(path / name) for name in names if (path / name).exists()}
+        self.sums = {name: value for name, value in found.items() if value in known}  # what is whole
+
+    def write(self, content: Any, name: str, keep: str | None = None) -> None:
+        """Save with `torch.save`, all or nothing; a whole file that stood there goes on under the name `keep`.
+
+        Raises:
+            OSError: there is not enough room, or no permission; what was there before is whole.
+        """
+        target, draft = self.path / name, _draft(self.path / name)  # always the same: what a kill left is written over
+        _require_room(content, target)
+        try:
+            with draft.open("wb") as file:
+                hashed = _Hashed(file)
+                torch.save(content, hashed)  # type: ignore[arg-type]  # it asks for no more than write and flush
+                _sync(file)
+            self._move_in(target, hashed.sha256.hexdigest(), keep)
+        except RuntimeError as error:  # torch's own, where a write of its archive fails
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def link(self, source: str, name: str, keep: str | None = None) -> None:
+        """Give a file that was written here another name as well, as if it were written once more.
+
+        Raises:
+            OSError: as in `write`.
+        """
+        draft = _draft(self.path / name)
+        try:
+            _link(self.path / source, draft)
+            self._move_in(self.path / name, self.sums[source], keep)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def record_best(self, name: str | None) -> None:
+        """Write down which file is the best, all or nothing; None: there is none any more."""
+        record = self.path / BEST
+        _draft(record).unlink(missing_ok=True)  # what a kill left
+        if name is None:
+            record.unlink(missing_ok=True)
+        elif not record.is_file() or record.read_text(encoding="utf-8") != f"{name}\n":
+            with _draft(record).open("wb") as file:
+                file.write(f"{name}\n".encode())
+                _sync(file)
+            _draft(record).replace(record)
+
+    def _move_in(self, target: Path, sha256: str, keep: str | None) -> None:
+        """Rename the new file, with its hash on disk before and the new list in place after."""
+        if keep and target.name in self.sums and target.exists():
+            kept = self.path / keep
+            try:
+                _link(target, _draft(kept))
+                _draft(kept).replace(kept)
+            finally:
+                _draft(kept).unlink(missing_ok=True)  # it is left where both are one file already
+            self.sums[keep] = self.sums[target.name]
+        self.sums = {name: value for name, value in self.sums.items() if (self.path / name).exists()}
+        self.sums[target.name] = sha256
+        lines = "".join(f"{value}  {name}\n" for name, value in sorted(self.sums.items()))
+        sums = self.path / SUMS
+        try:
+            with _draft(sums).open("wb") as file:
+                file.write(lines.encode())
+                _sync(file)
+        except OSError:
+            _draft(sums).unlink(missing_ok=True)
+            raise
+        _draft(target).replace(target)
+        _draft(sums).replace(sums)
+        if os.name == "posix":  # Windows cannot open a folder
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether the file is not what was written there; one whose hash nobody wrote down is not."""
+    names, known = _recorded(path.parent)
+    return path.name in names and _sha256(path) not in known
+
+
+def snapshot(content: Any) -> Any:
+    """A copy on the CPU that training cannot change any more."""
+    return tree_map_only(Tensor, lambda value: value.detach().to("cpu", copy=True), content)
+
+
+class Mirror:
+    """A folder anywhere that fsspec reaches (`s3://`, `gs://`, `file://`, ...), with copies of what is saved."""
+
+    def __init__(self, address: str) -> None:
+        """Raise `ConfigError` if nothing handles such an address, or the package that does is missing."""
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(address)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"callbacks.checkpoint.mirror={address}: {error}") from error
+
+    def copy(self, path: Path) -> None:
+        """Copy a file, and note its hash; a `last.ckpt` that is there already becomes the previous one.
+
+        The list holds the hashes of what is there, and while a file moves in that of the next one too: whatever is cut
+        off, and whichever file of the folder never arrived, what lies there can be checked.
+
+        Raises:
+            Exception: whatever the file system has to say.
+        """
+        self.files.makedirs(self.root, exist_ok=True)
+        there, draft = f"{self.root}/{path.name}", f"{self.root}/{_draft(path).name}"
+        if not path.exists():  # there is no best any more
+            if self.files.exists(there):
+                self.files.rm(there)
+            return
+        listed = self._list()
+        replaced = {path.name, PREVIOUS} if path.name == LAST else {path.name}
+        if path.name == LAST and self.files.exists(there):
+            self.files.copy(there, f"{self.root}/{PREVIOUS}")
+        new = {(name, value) for name, value in _lines(path.with_name(SUMS).read_text("utf-8")) if name == path.name}
+        if path.name == LAST:
+            new |= {(PREVIOUS, value) for name, value in listed if name == LAST}
+        self.files.put_file(str(path), draft)
+        self._write_list(listed | new)
+        self.files.mv(draft, there)
+        self._write_list({(name, value) for name, value in listed if name not in replaced} | new)
+
+    def _list(self) -> set[tuple[str, str]]:
+        try:
+            return set(_lines(self.files.cat_file(f"{self.root}/{SUMS}").decode()))
+        except FileNotFoundError:
+            return set()
+
+    def _write_list(self, listed: set[tuple[str, str]]) -> None:
+        draft = f"{self.root}/.{SUMS}.partial"
+        self.files.pipe_file(draft, "".join(f"{value}  {name}\n" for name, value in sorted(listed)).encode())
+        self.files.mv(draft, f"{self.root}/{SUMS}")
+
+
+def _lines(text: str) -> list[tuple[str, str]]:
+    """Names and hashes of a list."""
+    return [(line.partition("  ")[2], line.partition("  ")[0]) for line in text.splitlines()]
+
+
+def _recorded(folder: Path) -> tuple[set[str], set[str]]:
+    """Names and hashes in the list of the folder, and in the next list, which a crash has left."""
+    files = [file for file in (folder / SUMS, _draft(folder / SUMS)) if file.is_file()]
+    lines = [line for file in files for line in _lines(file.read_text(encoding="utf-8"))]
+    return {name for name, _ in lines}, {value for _, value in lines}
+
+
+class _Hashed:
+    """A file that knows the hash of what was written to it, so that it need not be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, part: bytes) -> int:
+        self.sha256.update(part)
+        return self.file.write(part)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _require_room(content: Any, target: Path) -> None:
+    """Fail before the first byte, where a full disk can be foreseen."""
+    storages = {leaf.untyped_storage().data_ptr(): leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)}
+    needed = sum(leaf.untyped_storage().nbytes() for leaf in storages.values())
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free", str(target))
+
+
+def _link(path: Path, draft: Path) -> None:
+    """Give the file a second name."""
+    draft.unlink(missing_ok=True)
+    try:
+        draft.hardlink_to(path)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, draft)
+        with draft.open("rb+") as file:
+            _sync(file)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,107 @@
+"""The short way of a small JSON request to `/predict`, beside the ASGI application.
+
+uvicorn gives each request a task, an event, messages and lists of headers. That is what an application needs that reads
+and writes piece by piece; here a whole body comes in and one answer goes out. What the short way cannot do, it leaves
+to the ordinary one, before it has answered anything: `protocol.py` decides.
+"""
+
+import asyncio
+import time
+from functools import cache
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from espalier.serving.app import GONE, App, Row
+from espalier.serving.errors import RequestError
+from espalier.serving.request_parsing import JSON
+from espalier.serving.timeouts import too_late
+
+ROUTE = "/predict"
+
+
+class Quick:
+    """A request that waits for its rows in the batcher; to uvicorn it looks like a cycle of its own."""
+
+    message_event = asyncio.Event()  # uvicorn sets it to wake an application; here nobody waits
+    response_started = response_complete = disconnected = False
+
+    def __init__(self, protocol: Any, keep_alive: bool) -> None:
+        """`protocol` is the connection; uvicorn sets `keep_alive` to False when it stops."""
+        self.keep_alive = keep_alive
+        self._protocol = protocol
+        self._app: App = protocol.app
+        self._began = time.perf_counter()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, body: bytes) -> bool:
+        """Read the samples and queue them; False if they must take the ordinary way."""
+        loop = self._protocol.loop
+        try:
+            raw = self._app.intake.at_once(body)
+            if raw is None or len(raw) > self._app.batcher.max_batch:
+                return False
+            self._app.batcher.enqueue(raw, self)
+        except RequestError as error:
+            loop.call_soon(self.set_exception, error)  # later: uvicorn expects no answer while it reads
+            return True
+        self._timer = loop.call_later(self._app.settings.time_limit_s, self._too_late)
+        return True
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+        return self.response_complete or self.disconnected
+
+    def set_result(self, rows: list[Row]) -> None:
+        """Answer with predictions."""
+        try:
+            body = self._app.predictions(rows)
+        except Exception as error:
+            self.set_exception(error)
+            return
+        self._answer(200, body)
+        self._app.metrics.latency(time.perf_counter() - self._began)
+
+    def set_exception(self, error: Exception) -> None:
+        """Answer with what went wrong."""
+        if not self.done():
+            reply = self._app.failure(ROUTE, error)
+            self._answer(reply.status, reply.body)
+
+    def leave(self) -> None:
+        """The client has gone; the batcher drops what is not `done`."""
+        if not self.done():
+            self.disconnected = True
+            self._app.metrics.count(ROUTE, GONE)
+            self._stop_timer()
+
+    def _too_late(self) -> None:
+        self.set_exception(too_late(self._app.settings.time_limit_s))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _answer(self, status: int, body: bytes) -> None:
+        protocol = self._protocol
+        self.response_started = self.response_complete = True
+        self._stop_timer()
+        self._app.metrics.count(ROUTE, status)
+        head = _head(status) + _lines(protocol.server_state.default_headers)
+        if not self.keep_alive:
+            head += b"connection: close\r\n"
+        if protocol.transport.is_closing():  # the client has just reset it
+            return
+        protocol.transport.write(b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body))
+        if not self.keep_alive:
+            protocol.transport.close()
+        protocol.on_response_complete()
+
+
+@cache
+def _head(status: int) -> bytes:
+    return STATUS_LINE[status] + _lines(App.headers(ROUTE, status, JSON, "POST"))
+
+
+def _lines(headers: list[tuple[bytes, bytes]]) -> bytes:
+    return b"".join([b"%s: %s\r\n" % header for header in headers])
