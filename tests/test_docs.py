@@ -18,9 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from conftest import QUICK, Command
 from espalier.cli import folders
 from espalier.compression.base import check_recipe
-from espalier.config import check, compose, conf_dir, overrides
+from espalier.config import check, compose, conf_dir, inherit, overrides
 from espalier.reporting import report
-from espalier.runs import run_folder
 from espalier.spec import Report
 from espalier.validate import MAY_CHANGE, prepare
 
@@ -151,9 +150,9 @@ def test_a_documented_command_passes_the_check(text: str):
         assert "-p" not in flags or any(name in cfg for name in flags)
         stored = OmegaConf.to_container(composed("task=train"), resolve=True)
         if cfg.source:
-            cfg = run_folder.from_source(cfg, stored, trial, may_change=MAY_CHANGE.get(task, ()))
+            cfg = inherit.from_source(cfg, stored, trial, may_change=MAY_CHANGE.get(task, ()))
         if cfg.resume not in (None, "auto"):
-            cfg = run_folder.from_resumed(cfg, stored, trial)
+            cfg = inherit.from_resumed(cfg, stored, trial)
         check.check(cfg)
         check_recipe([*cfg.compression], [])
 

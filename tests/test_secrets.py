@@ -10,9 +10,8 @@ from omegaconf import OmegaConf
 
 from canary import CONTROL, FROM_VARIABLE, IN_DOTENV, IN_ENVIRONMENT, LOGIN, TYPED, contents, forms, found
 from conftest import launch
-from espalier.config import compose, redaction
+from espalier.config import compose, inherit, redaction
 from espalier.errors import ConfigError
-from espalier.runs import run_folder
 
 SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=1", "callbacks=[checkpoint,monitor]")
 FAILING = (*SMALL, *LOGIN, "+callbacks.login.fails=true", "logger=[csv,wandb]")
@@ -103,7 +102,7 @@ def test_a_run_that_goes_on_takes_its_secret_from_the_command_line_again(monkeyp
     word = "+callbacks.login.token=${oc.env:MY_TOKEN}"
     stored = redaction.scrub_tree(OmegaConf.to_container(compose.compose([word]), resolve=True))
     assert stored["callbacks"]["login"]["token"] == redaction.HIDDEN
-    resumed = run_folder.from_resumed(compose.compose(["resume=RUN", word]), stored, ["resume=RUN", word])
+    resumed = inherit.from_resumed(compose.compose(["resume=RUN", word]), stored, ["resume=RUN", word])
     assert resumed.callbacks.login.token == TYPED
 
 

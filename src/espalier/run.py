@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espalier import seeding
 from espalier.composition import build, networks, origin, plan, results, trainer
-from espalier.compression.base import Compression, Entry, Stage, replay, stage_of, without_teacher
+from espalier.compression.base import Compression, Stage, replay, stage_of, without_teacher
 from espalier.compression.masks import KeepMasks
 from espalier.config import redaction
 from espalier.config.conf_dir import TRAINS
@@ -32,9 +32,10 @@ from espalier.processes import shortage
 from espalier.processes.stop_signal import requeue
 from espalier.profiling import cost
 from espalier.reporting import terminal
-from espalier.runs import checkpoint, run_folder
+from espalier.runs import checkpoint
 from espalier.runs.checkpoint import Checkpoint, CheckpointIO
-from espalier.spec import Report
+from espalier.runs.run_folder import RunFolder
+from espalier.spec import Entry, Report
 
 terminal.hush_lightning()
 log = logging.getLogger(__name__)
@@ -158,7 +159,11 @@ class Run:
 
     @cached_property
     def callbacks(self) -> list[L.Callback]:
-        supplied = {"monitor": self.learner.monitor, "mode": self.learner.mode, "dirpath": self.folder / "checkpoints"}
+        supplied = {
+            "monitor": self.learner.monitor,
+            "mode": self.learner.mode,
+            "dirpath": RunFolder(self.folder).checkpoints,
+        }
         watching = [
             build.part(f"callbacks.{name}", node, **{**supplied, **self._chosen_metric(f"callbacks.{name}", node)})
             for name, node in self.cfg.callbacks.items()
@@ -258,7 +263,7 @@ class Run:
         for method in late:
             self.learner.model, entry = method.apply_to(self.learner.model)
             self.ledger.append(entry)
-        weights = self.folder / "checkpoints" / run_folder.COMPRESSED
+        weights = RunFolder(self.folder).compressed
         if is_first_rank():
             self.checkpoint_io.save_network(self.learner.model, weights)
         return weights

@@ -1,9 +1,11 @@
-"""The two values that travel with the data: `DataSpec` forwards into the model, `Report` out of the run."""
+"""The values that travel: `DataSpec` forwards into the model, `Entry` with its weights, `Report` out of the run."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import isfinite
 from typing import Any, get_args, get_origin
+
+Entry = dict[str, Any]  # what one method of compression did to a network: "method" and plain values
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from espalier.compression.base import check_recipe
-from espalier.config import redaction
+from espalier.config import inherit, redaction
 from espalier.config.check import check
 from espalier.config.conf_dir import TRAINS
 from espalier.config.overrides import check_lists, typed
@@ -28,14 +28,16 @@ from espalier.processes.stop_signal import JOB
 from espalier.run import Run
 from espalier.runs import checkpoint, run_folder
 from espalier.runs.checkpoint import Checkpoint
+from espalier.runs.run_folder import RunFolder
 from espalier.trust import metadata
+from espalier.trust.targets import check_stored
 
 REPLICATED = "espalier.strategies.ddp.Replicated"
 GPU = ("gpu", "cuda")
 SPREAD = ("train", "compress", "evaluate")  # tasks that Lightning carries out, on as many devices as it has
 FORKING = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # Lightning's strategies that return nothing but weights
 MAY_CHANGE = {
-    "train": run_folder.NETWORK,
+    "train": inherit.NETWORK,
     "predict": ("data",),
 }  # what a task takes from the command line beside a source
 
@@ -54,12 +56,12 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
     resumed = None
     if cfg.source and task != "report":  # which reads reports, no networks
         sources = [_source(each, task) for each in run_folder.split(cfg.source)]
-        cfg = run_folder.from_source(cfg, sources[0].config, words, may_change=MAY_CHANGE.get(task, ()))
+        cfg = inherit.from_source(cfg, sources[0].config, words, may_change=MAY_CHANGE.get(task, ()))
     if cfg.resume:
         resumed = checkpoint.load_run("resume", cfg.resume, run_folder.RESUMED)
         metadata.require_state("resume", resumed.path, resumed.content)
-        check(OmegaConf.create(resumed.config), untrusted=True, said=cfg)
-        cfg = run_folder.from_resumed(cfg, resumed.config, words)
+        check_stored(OmegaConf.create(resumed.config), said=cfg)
+        cfg = inherit.from_resumed(cfg, resumed.config, words)
         _check_position(cfg.trainer, resumed)
         task = str(cfg.task._target_).rpartition(".")[2]  # goes on as what it was
         sources = [_source(str(cfg.source), task)] if task == "compress" else []
@@ -126,7 +128,7 @@ def _check_combination(cfg: DictConfig, task: str) -> None:
 
 def _check_position(trainer: DictConfig, resumed: Checkpoint) -> None:
     """Raise `ConfigError` if nothing can go on from there, or less is asked for than was done."""
-    run = resumed.path.parent.parent
+    run = RunFolder.of(resumed.path).path
     if resumed.content.get("is_between_steps") is False:
         raise ConfigError(
             f"resume={resumed.path}: of a validation between two batches of one optimizer step, so nothing goes on "
@@ -163,9 +165,9 @@ def _source(reference: str, task: str) -> Checkpoint | Bundle:
         metadata.require_described("source", exported, *said)
     else:
         stored = checkpoint.load_run("source", reference, run_folder.EVALUATED)
-    if missing := [group for group in run_folder.NETWORK if group not in stored.config]:
+    if missing := [group for group in inherit.NETWORK if group not in stored.config]:
         raise ConfigError(f"source={reference}: its configuration has no {' and no '.join(missing)}")
-    check(OmegaConf.create({group: stored.config[group] for group in run_folder.NETWORK}), untrusted=True)
+    check_stored(OmegaConf.create({group: stored.config[group] for group in inherit.NETWORK}))
     return stored
 
 

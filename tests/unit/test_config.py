@@ -7,10 +7,10 @@ import pytest
 from annotated_types import Ge
 from omegaconf import OmegaConf
 
-from espalier.config import check, compose, conf_dir, overrides
+from espalier.config import check, compose, conf_dir, inherit, overrides
 from espalier.config.ranges import Count, Positive, Rate
 from espalier.errors import ConfigError
-from espalier.runs import run_folder
+from espalier.trust.targets import check_stored
 
 
 def toy(
@@ -24,7 +24,7 @@ GOOD = {"sizes": [1, 2], "name": "a", "share": None, "scale": 2, "table": {"x": 
 
 def problems(node: Mapping[str, Any], *, untrusted: bool = False) -> list[str]:
     try:
-        check.check(OmegaConf.create({"toy": {"_target_": f"{__name__}.toy", **node}}), untrusted=untrusted)
+        (check_stored if untrusted else check.check)(OmegaConf.create({"toy": {"_target_": f"{__name__}.toy", **node}}))
     except ConfigError as error:
         return str(error).splitlines()
     return []
@@ -96,7 +96,7 @@ def test_a_target_that_cannot_be_called_is_refused(target: str):
 )
 def test_a_checkpoint_can_name_only_what_was_made_for_it(target: str):
     with pytest.raises(ConfigError, match=r"^model\._target_=.*checkpoint"):
-        check.check(OmegaConf.create({"model": {"_target_": target}}), untrusted=True)
+        check_stored(OmegaConf.create({"model": {"_target_": target}}))
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_a_checkpoint_can_name_only_what_was_made_for_it(target: str):
 )
 def test_a_checkpoint_can_build_in_each_group_only_what_belongs_there(group: str, node: dict[str, Any]):
     with pytest.raises(ConfigError, match=r"\._target_=.*not built from a checkpoint"):
-        check.check(OmegaConf.create({group: node}), untrusted=True)
+        check_stored(OmegaConf.create({group: node}))
 
 
 @pytest.mark.parametrize("value", ["/etc/x", "~/x", "a/../../x", "s3://bucket/x", "C:\\x", "file::/x"])
 def test_a_checkpoint_chooses_no_place_that_is_written_to(value: str):
     node = OmegaConf.create({"callbacks": {"checkpoint": {"filename": value}}})
     with pytest.raises(ConfigError, match=r"^callbacks\.checkpoint\.filename=.*: a place that no checkpoint chooses"):
-        check.check(node, untrusted=True)
+        check_stored(node)
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_each_option_can_come_out_of_a_checkpoint(group: str, options: list[str]
     for option in options:
         chosen = f"[{option}]" if group in ("callbacks", "logger", "compression") and option != "none" else option
         words = [f"{group}={chosen}", *(["data.path=x"] if option == "hub_images" else [])]
-        check.check(compose.compose(words), untrusted=True)
+        check_stored(compose.compose(words))
 
 
 def test_every_option_can_come_out_of_a_checkpoint():
-    check.check(compose.compose(["callbacks=[default,ema,early_stopping]", "strategy=fsdp"]), untrusted=True)
+    check_stored(compose.compose(["callbacks=[default,ema,early_stopping]", "strategy=fsdp"]))
 
 
 def test_a_checkpoint_may_not_read_the_environment():
     node = OmegaConf.create({"model": {"_target_": "espalier.models.mlp.MLP", "hidden": "${oc.env:HOME}"}})
     with pytest.raises(ConfigError, match="may not interpolate"):
-        check.check(node, untrusted=True)
+        check_stored(node)
 
 
 @pytest.mark.parametrize(
@@ -188,36 +188,34 @@ STORED = compose.compose(["model=mlp", "model.hidden=[7]", "data.batch_size=32",
 
 
 def test_a_source_brings_its_network_and_data_but_not_its_trainer():
-    now = run_folder.from_source(compose.compose([]), OmegaConf.to_container(STORED), [], may_change=())
+    now = inherit.from_source(compose.compose([]), OmegaConf.to_container(STORED), [], may_change=())
     assert (now.model.hidden, now.data.batch_size) == ([7], 32)
     assert (now.seed, now.trainer.max_epochs) == (0, 30)
 
 
 def test_knobs_of_the_data_stay_open_and_the_network_closed():
     stored = OmegaConf.to_container(STORED)
-    now = run_folder.from_source(compose.compose(["data.batch_size=8"]), stored, ["data.batch_size=8"], may_change=())
+    now = inherit.from_source(compose.compose(["data.batch_size=8"]), stored, ["data.batch_size=8"], may_change=())
     assert (now.data.batch_size, now.model.hidden) == (8, [7])
     with pytest.raises(ConfigError, match=r"^model\.hidden=\[9\]: model comes from source"):
-        run_folder.from_source(compose.compose(["model=mlp"]), stored, ["model.hidden=[9]"], may_change=())
+        inherit.from_source(compose.compose(["model=mlp"]), stored, ["model.hidden=[9]"], may_change=())
 
 
 def test_a_warm_start_may_choose_another_data_set_and_keeps_the_model():
     words = ["data=synthetic_images", "data.num_classes=3"]
-    now = run_folder.from_source(
-        compose.compose(words), OmegaConf.to_container(STORED), words, may_change=run_folder.NETWORK
-    )
+    now = inherit.from_source(compose.compose(words), OmegaConf.to_container(STORED), words, may_change=inherit.NETWORK)
     assert (now.data.num_classes, now.model.hidden) == (3, [7])
     assert now.data._target_ == "espalier.data.synthetic_images.SyntheticImages"
 
 
 def test_a_resumed_run_keeps_everything_but_what_the_trainer_is_told():
     words = ["trainer.max_epochs=9", "resume=somewhere"]
-    now = run_folder.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), words)
+    now = inherit.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), words)
     assert (now.trainer.max_epochs, now.model.hidden, now.seed, now.resume) == (9, [7], 5, "somewhere")
     with pytest.raises(ConfigError, match=r"^seed=6: resume continues"):
-        run_folder.from_resumed(compose.compose(["seed=6"]), OmegaConf.to_container(STORED), ["seed=6"])
+        inherit.from_resumed(compose.compose(["seed=6"]), OmegaConf.to_container(STORED), ["seed=6"])
 
 
 def test_repeating_what_a_resumed_run_was_configured_with_is_no_error():
     words = ["model=mlp", "model.hidden=[7]", "seed=5"]
-    assert run_folder.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), words).seed == 5
+    assert inherit.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), words).seed == 5

@@ -12,6 +12,7 @@ from espalier.config.overrides import folder_word, quoted, unquoted
 from espalier.errors import ConfigError
 from espalier.processes import launch, launchers
 from espalier.runs import ownership, run_folder
+from espalier.runs.run_folder import RunFolder
 
 LEAVES_NOTHING = ("serve",)  # tasks that take over no folder
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
@@ -30,13 +31,17 @@ def settle(words: Sequence[str], task: str) -> list[str]:
         words += [f"resume={quoted(str(begun))}"] if begun else []
     settled = list(words)
     holds = (
-        run_folder.BUNDLE if task in run_folder.TAKES_BUNDLE else "report.json" if task == "report" else "checkpoints"
+        run_folder.BUNDLE
+        if task in run_folder.TAKES_BUNDLE
+        else "report.json"
+        if task == "report"
+        else run_folder.CHECKPOINTS
     )
     for place, word in enumerate(words):
         key, _, value = word.partition("=")
         if key == "resume" and value not in ("", "null"):
             path = run_folder.find(key, unquoted(value)).resolve()
-            path = path.parent.parent if path.is_file() else path
+            path = RunFolder.of(path).path if path.is_file() else path
             if "${" in str(path):
                 raise ConfigError(
                     f"{key}={path}: ${{...}} in the name of a run folder is read as an interpolation; rename it"
@@ -60,7 +65,7 @@ def settle(words: Sequence[str], task: str) -> list[str]:
 
 
 def _find(source: str, holds: str | Path) -> Path:
-    if "://" not in source or holds != "checkpoints":
+    if "://" not in source or holds != run_folder.CHECKPOINTS:
         return run_folder.find("source", source, holds)
     from espalier.runs import remote
 

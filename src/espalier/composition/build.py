@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from espalier.config import redaction
-from espalier.config.check import check
 from espalier.errors import ConfigError
 from espalier.processes import shortage
 from espalier.runs.checkpoint import Checkpoint
 from espalier.spec import DataSpec
+from espalier.trust.targets import check_stored
 
 
 def part(key: str, node: DictConfig, **supplied: Any) -> Any:
@@ -44,5 +44,5 @@ def model(node: DictConfig, spec: DataSpec) -> nn.Module:
 def stored_model(stored: Checkpoint) -> nn.Module:
     """Return the network of a checkpoint with new weights; it may name only what is trusted, wherever it was read."""
     node = OmegaConf.create({"model": stored.config.get("model")})
-    check(node, untrusted=True)
+    check_stored(node)
     return model(node.model, stored.spec)

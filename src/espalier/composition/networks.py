@@ -4,7 +4,7 @@ from torch import nn
 
 from espalier.composition import build
 from espalier.composition.origin import require_same_data
-from espalier.compression.base import Entry, Stage, replay, stage_of
+from espalier.compression.base import Stage, replay, stage_of
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError
 from espalier.export import deployed
@@ -12,6 +12,7 @@ from espalier.export.deployed import Deployable
 from espalier.runs import checkpoint
 from espalier.runs.checkpoint import Checkpoint
 from espalier.runs.run_folder import EVALUATED
+from espalier.spec import Entry
 
 
 def trained(stored: Checkpoint) -> nn.Module:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from espalier.config import inherit
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError
 from espalier.export.bundle import Bundle
 from espalier.processes import global_batch
-from espalier.runs import run_folder
 from espalier.runs.checkpoint import Checkpoint
 
 NUM_NAMED = 5  # classes in a message
@@ -61,8 +61,8 @@ def remarks(resumed: Checkpoint, cfg: DictConfig, folder: Path, num_devices: Cal
     )
     if before and now and now != before:
         yield f"goes on with {now}, after {before}: {now.samples_of_step} in a step, as before"
-    kept = () if before is None else run_folder.DEVICES if before == now else (*run_folder.DEVICES, *run_folder.BATCHES)
-    changes = run_folder.changes(resumed.config, cfg, but=kept)
+    kept = () if before is None else inherit.DEVICES if before == now else (*inherit.DEVICES, *inherit.BATCHES)
+    changes = inherit.changes(resumed.config, cfg, but=kept)
     if changes:
         yield f"goes on, but is no longer the run it was: {', '.join(changes)}"
     if resumed.content.get("has_stopped"):

@@ -29,9 +29,9 @@ from espalier import compression
 from espalier.config.hints import nearest
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
+from espalier.spec import Entry
 
 FUNCTIONS = ("replay", "finalize")  # of a method's file
-Entry = dict[str, Any]  # "method" and plain values
 Samples = Callable[[int], Batch]  # that many training samples, not augmented, the same on each rank and each call
 
 

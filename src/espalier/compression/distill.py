@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.compression.base import Compression, Entry, Stage
+from espalier.compression.base import Compression, Stage
 from espalier.compression.graph_module import CapturedNet
 from espalier.config.hints import nearest
 from espalier.config.ranges import NonNegative, Positive, Share
 from espalier.errors import ConfigError
 from espalier.learners.learner import Learner
 from espalier.seeding import generator
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, Entry
 
 STAGE = Stage.DISTILL
 ADAPTER_STREAM = 0xADA  # keeps the first weights of adapters apart from other users of the seed

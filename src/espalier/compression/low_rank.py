@@ -18,10 +18,11 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from espalier.compression.base import Compression, Entry, Stage, is_inside, require_modules
+from espalier.compression.base import Compression, Stage, is_inside, require_modules
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.profiling.cost import count_params
+from espalier.spec import Entry
 
 STAGE = Stage.STRUCTURE
 GRID = 1000  # shares of energy that the search for a budget of parameters tells apart

@@ -19,14 +19,14 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from espalier import seeding
-from espalier.compression.base import Compression, Entry, Samples, Stage, is_inside, require_modules
+from espalier.compression.base import Compression, Samples, Stage, is_inside, require_modules
 from espalier.compression.channel_groups import Group, Role, coupled, cut, differences, reshape
 from espalier.config.ranges import Count, Rate
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 from espalier.models.blocks import Residual
 from espalier.profiling.cost import count_macs
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, Entry
 
 STAGE = Stage.STRUCTURE
 NUM_SAMPLES = 512  # for losses and gradients

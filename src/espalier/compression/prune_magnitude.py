@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from espalier.callbacks.ema import EMA
 from espalier.compression import masks
-from espalier.compression.base import Compression, Entry, Stage
+from espalier.compression.base import Compression, Stage
 from espalier.config.ranges import Count, Rate, Share
 from espalier.errors import ConfigError
+from espalier.spec import Entry
 
 STAGE = Stage.MASK
 

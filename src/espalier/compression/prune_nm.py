@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compression import masks
-from espalier.compression.base import Compression, Entry, Stage
+from espalier.compression.base import Compression, Stage
 from espalier.config.ranges import Count, Share
 from espalier.errors import ConfigError
+from espalier.spec import Entry
 
 STAGE = Stage.MASK
 

@@ -11,14 +11,14 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from espalier.compression import qat
-from espalier.compression.base import Compression, Entry, Samples, Stage
+from espalier.compression.base import Compression, Samples, Stage
 from espalier.compression.graph_module import CapturedNet
 from espalier.compression.qat import check_skip, layers, make_entry, natural_mode
 from espalier.compression.quantizer import Target, calibrate
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.profiling.cost import count_params
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, Entry
 
 STAGE = Stage.QUANTIZE
 MIN_LINEAR = 0.5  # of the parameters; a CNN with 16 % in linear layers gets 1.13 times smaller and no faster

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.compression.base import Compression, Conversion, Entry, Stage, is_inside, require_modules
+from espalier.compression.base import Compression, Conversion, Stage, is_inside, require_modules
 from espalier.compression.graph_module import CapturedNet, capture
 from espalier.compression.quantizer import MIN_SCALE, Target, convert, make_quantizer, prepare
 from espalier.config.ranges import Share
 from espalier.errors import ConfigError
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, Entry
 
 STAGE = Stage.QUANTIZE
 

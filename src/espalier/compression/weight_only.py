@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.compression.base import Compression, Conversion, Entry, Stage, is_inside, require_modules
+from espalier.compression.base import Compression, Conversion, Stage, is_inside, require_modules
 from espalier.errors import ConfigError
 from espalier.profiling.cost import count_params
+from espalier.spec import Entry
 
 STAGE = Stage.QUANTIZE
 MIN_SHARE = 0.1  # of the parameters; a convolutional network's head is less, and the file would be as large as before

@@ -10,6 +10,16 @@ TRAINS = ("train", "compress")  # the tasks that train: they take a recipe, and 
 
 ADDED = {"data": {"espalier.data.hub_images.HubImages": {"background": "black", "broken": "refuse"}}}  # see `completed`
 
+MOVED = {  # modules of targets, by the names that configurations of version 0.1 hold
+    "espalier.callbacks.csv_log": "espalier.loggers.csv_log",
+    "espalier.callbacks.idle_profiler": "espalier.profiling.idle_profiler",
+    "espalier.callbacks.mlflow_log": "espalier.loggers.mlflow_log",
+    "espalier.callbacks.tensorboard_log": "espalier.loggers.tensorboard_log",
+    "espalier.callbacks.wandb_log": "espalier.loggers.wandb_log",
+    "espalier.learners.replication": "espalier.strategies.ddp",
+    "espalier.learners.sharding": "espalier.strategies.fsdp",
+}
+
 
 def groups() -> dict[str, list[str]]:
     """Every config group with its options, nested groups by their path (`data/augment`)."""
@@ -50,9 +60,21 @@ def defaults() -> dict[str, str]:
     return chosen
 
 
+def _moved(node: Any) -> Any:
+    """Return the node with the present names of targets that moved since it was stored."""
+    if isinstance(node, Mapping):
+        return {key: _renamed(value) if key == "_target_" else _moved(value) for key, value in node.items()}
+    return [_moved(each) for each in node] if isinstance(node, list) else node
+
+
+def _renamed(target: Any) -> Any:
+    module, _, name = str(target).rpartition(".")
+    return f"{MOVED[module]}.{name}" if module in MOVED else target
+
+
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration with the knobs that its options have got since, at the value they had in effect."""
-    result = dict(config)
+    """Return a stored configuration as of today: targets that moved, knobs that options have got since."""
+    result = _moved(config)
     for group, added in ADDED.items():
         node = result.get(group)
         if isinstance(node, Mapping) and (values := added.get(str(node.get("_target_")))):

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.compression.base import Entry, is_quantized
-from espalier.spec import DataSpec
+from espalier.compression.base import is_quantized
+from espalier.spec import DataSpec, Entry
 
 FAILS_FROM = 0.5  # rank correlation with the map of a network that has learnt nothing
 MAX_INCOMPLETE = 0.01

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from espalier.compression.base import Entry, is_quantized
+from espalier.compression.base import is_quantized
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export import deployed, formats
@@ -23,6 +23,7 @@ from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable, Predict
 from espalier.profiling import cost, latency
 from espalier.profiling.memory import Load, Prepare, on_zeros, peak_bytes, tensor_bytes
+from espalier.spec import Entry
 
 Runtime = Literal["eager", "compiled", "onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino"]
 Precision = Literal["fp32", "bf16"]

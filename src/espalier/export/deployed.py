@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.compression.base import Conversion, Entry, conversion, finalize, without_teacher
+from espalier.compression.base import Conversion, conversion, finalize, without_teacher
 from espalier.data.loaders import Batch
 from espalier.export import formats, onnx
 from espalier.learners.learner import Learner
 from espalier.profiling import cost, latency
+from espalier.spec import Entry
 
 RUNTIME = "onnxruntime"
 ROUNDS = 15  # of interleaved latency measurement

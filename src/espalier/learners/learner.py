@@ -27,6 +27,7 @@ from espalier.learners.position import ends_here, is_between_steps, require_vali
 from espalier.optim.build import build_optimizer, build_scheduler
 from espalier.processes import global_batch
 from espalier.processes.stop_signal import Interrupt
+from espalier.runs.run_folder import RunFolder
 from espalier.seeding import seed_step
 from espalier.spec import DataSpec
 from espalier.strategies.collective import Question
@@ -213,14 +214,14 @@ class Learner(L.LightningModule):
 
     def _stop(self) -> None:
         last = self.save_last()
-        saved = f"go on with: espalier train {typed('resume', last.parent.parent)}" if last else NOTHING_SAVED
+        saved = f"go on with: espalier train {typed('resume', RunFolder.of(last).path)}" if last else NOTHING_SAVED
         raise StoppedError(f"stopped by {self.interrupt.name} after step {self.trainer.global_step}; {saved}")
 
     def save_last(self) -> Path | None:
         """Save what a run resumes from; its file in the folder of the first rank, None where no callback keeps any."""
         if self.trainer.checkpoint_callback is None:
             return None
-        last: Path = self.trainer.strategy.broadcast(Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        last: Path = self.trainer.strategy.broadcast(RunFolder(Path(self.trainer.default_root_dir)).last)
         self.trainer.save_checkpoint(last)
         self.trainer.strategy.checkpoint_io.teardown()  # what is written in the background is waited for
         return last

@@ -85,9 +85,10 @@ def read(key: str, folders: Sequence[Path]) -> list[Entry]:
 
 def name_of(folder: Path) -> str:
     """What tables call a run: `train f5bc95`, `sweep f5bc95/0` for a trial, or the folder that a user named."""
-    for parent, rest in ((folder, ""), (folder.parent, f"/{folder.name}")):
-        if dated := DATED.fullmatch(parent.name):
-            return f"{parent.parent.name} {dated[1]}{rest}"
+    above, around, *_ = *folder.parents, Path(), Path()
+    for dated_folder, task, rest in ((folder, above, ""), (above, around, f"/{folder.name}")):
+        if dated := DATED.fullmatch(dated_folder.name):
+            return f"{task.name} {dated[1]}{rest}"
     return folder.name
 
 

@@ -17,12 +17,12 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from espalier.compression.base import Entry
 from espalier.config import conf_dir
 from espalier.config.overrides import typed
 from espalier.errors import ConfigError, EspalierError
 from espalier.runs import run_folder, storage
-from espalier.spec import DataSpec
+from espalier.runs.run_folder import RunFolder
+from espalier.spec import DataSpec, Entry
 from espalier.trust import archive, metadata
 
 VERSION = 1
@@ -219,7 +219,7 @@ class CheckpointIO(TorchCheckpointIO):
             what_to_do = "Make room" if error.errno in storage.DISK_IS_FULL else "Mend that"
             raise EspalierError(
                 f"{target}: not written, {error.strerror}; what was there before is whole. "
-                f"{what_to_do}, then go on with: espalier train {typed('resume', target.parent.parent)}"
+                f"{what_to_do}, then go on with: espalier train {typed('resume', RunFolder.of(target).path)}"
             ) from error
         if self.mirror:
             try:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from espalier.config.conf_dir import TRAINS
 from espalier.errors import ConfigError, EspalierError
-from espalier.runs.run_folder import RESUMED
+from espalier.runs.run_folder import RunFolder
 
 LOCK = ".lock"
 RESULTS = ("report.json", "checkpoints/*.ckpt", "metrics.csv", "export/bundle.json", "predictions/*")
@@ -86,7 +86,7 @@ def require_unused(folder: Path, task: str, *, may_begin_again: bool = False, is
     if not may_begin_again:
         go_on = "go on with it by resume=auto, or " if task in TRAINS else ""
         raise ConfigError(f"hydra.run.dir={folder}: holds a run already ({found}); {go_on}choose another folder")
-    if any((folder / "checkpoints" / name).is_file() for name in RESUMED):
+    if RunFolder(folder).can_go_on:
         raise ConfigError(f"hydra.run.dir={folder}: a run has begun here meanwhile; start the same command again")
     if (folder / RESULTS[0]).is_file():
         raise ConfigError(

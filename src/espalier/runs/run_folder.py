@@ -1,23 +1,21 @@
-"""Runs on disk: which folder or checkpoint `RUN` means, and what a run inherits from the one it starts from.
+"""Runs on disk: what lies in a run folder, and which folder or checkpoint `RUN` means.
 
 Standard library and omegaconf only, so a misspelt RUN is answered before torch is imported.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from espalier.config import redaction
-from espalier.config.compose import RunConfig
-from espalier.config.overrides import at_home, parse, unquoted
+from espalier.config.overrides import at_home, unquoted
 from espalier.errors import ConfigError
 
 LOGS = Path("logs")
+CHECKPOINTS = "checkpoints"  # the folder of them in that of a run
 CHANGES = re.compile(r"\$\{(?!oc\.env:)")  # from start to start, or with other words than those of the folder
 LAST = "last.ckpt"  # what a run resumes from
 PREVIOUS = "previous.ckpt"  # the one before it, should it be damaged
@@ -31,11 +29,41 @@ BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
 READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
-BATCHES = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches", "val_check_interval")  # may follow
-WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # knobs of the trainer that change no weight
-BUNDLED = ("experiment", "debug")  # groups that change others
-DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm")  # of the trainer: what strategy= sets
-NETWORK = ("data", "model", "learner")  # what decides which weights fit
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; the names of what lies in it stand here alone."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, path: Path) -> "RunFolder":
+        """Return the folder that a file of a run or an exported bundle belongs to; another folder is itself."""
+        if path.is_dir():
+            is_bundle = path.name == BUNDLE.parent.name and (path / BUNDLE.name).is_file()
+            return cls(path.parent if is_bundle else path)
+        return cls(path.parent.parent if path.parent.name == CHECKPOINTS else path.parent)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def last(self) -> Path:
+        """What it resumes from."""
+        return self.checkpoints / LAST
+
+    @property
+    def compressed(self) -> Path:
+        """Its best checkpoint after the methods that work on a trained network."""
+        return self.checkpoints / COMPRESSED
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it holds a checkpoint to resume from."""
+        return any((self.checkpoints / name).is_file() for name in RESUMED)
 
 
 def split(source: str) -> list[str]:
@@ -49,7 +77,7 @@ def split(source: str) -> list[str]:
     return found
 
 
-def find(key: str, run: str, holds: str | Path = "checkpoints") -> Path:
+def find(key: str, run: str, holds: str | Path = CHECKPOINTS) -> Path:
     """The run folder or checkpoint file that `run` names; `latest` is the newest finished run in which `holds` lies.
 
     Raises:
@@ -66,7 +94,7 @@ def find(key: str, run: str, holds: str | Path = "checkpoints") -> Path:
     path = Path(at_home(run))
     if not path.exists():
         raise ConfigError(f"{key}={run}: no such run folder or checkpoint file")
-    if key == "resume" and path.is_file() and path.resolve().parent.name != "checkpoints":
+    if key == "resume" and path.is_file() and path.resolve().parent.name != CHECKPOINTS:
         raise ConfigError(
             f"{key}={run}: lies in no run folder, where alone a run goes on; start a new one from it with source="
         )
@@ -89,7 +117,7 @@ def begun(words: Sequence[str]) -> Path | None:
         folder = Path(at_home(OmegaConf.create({"folder": said}).folder))
     except OmegaConfBaseException as error:
         raise ConfigError(f"hydra.run.dir={said}: {str(error).splitlines()[0]}") from error
-    return folder if any((folder / "checkpoints" / name).is_file() for name in RESUMED) else None
+    return folder if RunFolder(folder).can_go_on else None
 
 
 def bundle_in(path: Path) -> Path | None:
@@ -113,131 +141,10 @@ def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
     """
     if path.is_file():
         return path
-    checkpoints = path / "checkpoints"
+    checkpoints = RunFolder(path).checkpoints
     for name in names:
         found = best_in(checkpoints) if name == BEST else checkpoints / name
         if found is not None and found.exists():
             return found
-    known = " or ".join(f"checkpoints/{UNRECORDED if name == BEST else name}" for name in names)
+    known = " or ".join(f"{CHECKPOINTS}/{UNRECORDED if name == BEST else name}" for name in names)
     raise ConfigError(f"{key}={path}: holds no checkpoint ({known})")
-
-
-def from_source(
-    cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str], *, may_change: Sequence[str]
-) -> DictConfig:
-    """`cfg` with data, model and learner of the source; knobs of the data stay open.
-
-    Groups in `may_change` (warm start, transfer learning) may be others if the command line, or an experiment, says so.
-
-    Raises:
-        ConfigError: the command line changes one of them although the source decides it.
-    """
-    overrides = parse(words)
-    chosen = {_group(word) for word in overrides if "." not in word.key_or_group}
-    fixed = [
-        f"{word.input_line}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
-        for word in overrides
-        if _group(word) in NETWORK
-        and not _is_hidden(stored, word)
-        and not (word.key_or_group.startswith(("data.", "data/")) or _group(word) in may_change)
-    ]
-    if fixed:
-        raise ConfigError(*fixed)
-    result = cfg.copy()
-    with open_dict(result):
-        for group in NETWORK:
-            if not (group in may_change and {group, "experiment"} & chosen):
-                result[group] = stored[group]
-                for word in overrides:
-                    if word.key_or_group.startswith(f"{group}."):
-                        _apply(result, word)
-        if "data/augment" in {word.key_or_group for word in overrides}:
-            result.data.augment = cfg.data.augment
-    return result
-
-
-def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
-    """The stored config of a run that goes on; of the command line only the trainer and stored secrets may differ.
-
-    Raises:
-        ConfigError: another word asks for something that the run was not configured with.
-    """
-    try:
-        result: DictConfig = OmegaConf.merge(OmegaConf.structured(RunConfig), dict(stored))  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"resume={cfg.resume}: its configuration is wrong: {str(error).splitlines()[0]}") from error
-    problems = []
-    overrides = parse(words)
-    for word in sorted(overrides, key=lambda word: _group(word) != "strategy"):
-        group = _group(word)
-        if group == "strategy":
-            result.trainer.update({name: cfg.trainer[name] for name in DEVICES})
-        elif word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
-            _apply(result, word)
-        elif group in stored and group not in ("task", "resume", "requeue") and _differs(cfg, stored, word, group):
-            problems.append(
-                f"{word.input_line}: resume continues the run as it was configured and {group} differs; "
-                "drop it, or start a new run with source="
-            )
-    own = ("seed", "optimizer", "scheduler", "compression", "callbacks", "logger", "trainer")
-    groups = own if stored.get("source") else (*NETWORK, *own)  # a source had the say about the others
-    differing = ", ".join(group for group in groups if _plain(cfg[group]) != _plain(result[group]))
-    problems += [
-        f"{word.input_line}: resume continues the run as it was configured and {differing} would differ; "
-        "drop it, or start a new run with source="
-        for word in overrides
-        if word.key_or_group in BUNDLED and differing
-    ]
-    if problems:
-        raise ConfigError(*problems)
-    result.resume, result.requeue = cfg.resume, cfg.requeue
-    return result
-
-
-def _differs(cfg: DictConfig, stored: Mapping[str, Any], word: Override, group: str) -> bool:
-    """Whether this word asks for something else than the run has: its whole group, or the one value it sets."""
-    if _plain(cfg[group]) == stored[group]:
-        return False
-    if "." not in word.key_or_group or word.is_delete():
-        return True
-    changed = OmegaConf.create(dict(stored))
-    _apply(changed, word)
-    return _plain(changed[group]) != stored[group]
-
-
-def changes(stored: Mapping[str, Any], cfg: DictConfig, but: Sequence[str] = ()) -> list[str]:
-    """What a run that goes on does otherwise than before, such as `trainer.precision 32-true -> bf16-mixed`."""
-    before, now = stored["trainer"], _plain(cfg.trainer)
-    names = [name for name in {**before, **now} if name not in (*WITHOUT_EFFECT, *but)]
-    return [
-        f"trainer.{name} {_told(before.get(name))} -> {_told(now.get(name))}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _told(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _group(word: Override) -> str:
-    return word.key_or_group.partition(".")[0].partition("/")[0]
-
-
-def _is_hidden(stored: Mapping[str, Any], word: Override) -> bool:
-    """Whether this key was stored without its value, because that is a secret."""
-    return OmegaConf.select(OmegaConf.create(dict(stored)), word.key_or_group) == redaction.HIDDEN
-
-
-def _plain(node: Any) -> Any:
-    """As a run stores it."""
-    return redaction.scrub_tree(OmegaConf.to_container(node, resolve=True)) if OmegaConf.is_config(node) else node
-
-
-def _apply(cfg: DictConfig, word: Override) -> None:
-    with open_dict(cfg):
-        if word.is_delete():
-            parent, _, name = word.key_or_group.rpartition(".")
-            OmegaConf.select(cfg, parent).pop(name, None)
-        else:
-            OmegaConf.update(cfg, word.key_or_group, word.value(), force_add=True)

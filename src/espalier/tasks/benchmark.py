@@ -19,6 +19,7 @@ from espalier.reporting import comparison, pareto, provenance, report
 from espalier.run import Run
 from espalier.runs import checkpoint
 from espalier.runs.checkpoint import Checkpoint
+from espalier.runs.run_folder import RunFolder
 from espalier.spec import Report
 
 MAX_COMPILED = 1024  # forms of one forward: networks, batch sizes, threads; after 8 torch would go on uncompiled
@@ -85,7 +86,7 @@ def require(run: Run, runtimes: Sequence[Runtime]) -> None:
 def sources(run: Run) -> Iterator[Network]:
     """Each source under a name of its own: what it went through, and its run where several went through the same."""
     names = [source.name if isinstance(source, Bundle) else deployed.name_of(source.ledger) for source in run.sources]
-    folders = [folder_of(source) for source in run.sources]
+    folders = [RunFolder.of(source.path).path for source in run.sources]
     short = [comparison.name_of(folder) for folder in folders]
     shape = run.data.spec.shape
     for source, name, folder, its_run in zip(run.sources, names, folders, short, strict=True):
@@ -96,13 +97,6 @@ def sources(run: Run) -> Iterator[Network]:
         else:
             again = partial(rebuild, source.path)  # which travels to another process
             yield Network(name, source.ledger, shape, None, networks.deployable(source), again)
-
-
-def folder_of(source: Checkpoint | Bundle) -> Path:
-    """The folder of RUN/checkpoints/best.ckpt, of RUN/export, or of a bundle that was moved."""
-    if isinstance(source, Checkpoint):
-        return source.path.parent.parent
-    return source.path.parent if source.path.name == "export" else source.path
 
 
 def rebuild(path: Path) -> nn.Module:

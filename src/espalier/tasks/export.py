@@ -16,6 +16,7 @@ from espalier.export.deployed import Deployable
 from espalier.profiling import cost
 from espalier.reporting import provenance, report
 from espalier.run import Run
+from espalier.runs.run_folder import RunFolder
 from espalier.spec import Report
 
 Format = Literal["onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino", "safetensors"]
@@ -102,7 +103,7 @@ def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[
     collected = provenance.collect()
     content = {
         "name": deployed.name_of(network.ledger),
-        "run": run.source.path.parent.parent.name,
+        "run": RunFolder.of(run.source.path).path.name,
         "data": run.data.spec.to_dict(),
         "preprocessing": {"formula": preprocess.FORMULA, "picture": preprocess.PICTURE},
         "input": onnx.INPUT,

@@ -1,13 +1,12 @@
 """`espalier report source=RUN[,RUN...]`: finished runs side by side, and which of them are worth their cost."""
 
-from pathlib import Path
-
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.reporting import comparison, page, pareto, terminal
 from espalier.reporting import report as tables
 from espalier.run import Run
 from espalier.runs import run_folder
+from espalier.runs.run_folder import RunFolder
 from espalier.spec import Report
 
 PAGE_NAME = "report.html"
@@ -23,7 +22,7 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
     """
     if not run.cfg.source:
         raise ConfigError("source=null: report needs finished RUNs, such as source=RUN,RUN; try source=latest")
-    folders = [_folder(run_folder.find("source", each)) for each in run_folder.split(run.cfg.source)]
+    folders = [RunFolder.of(run_folder.find("source", each)).path for each in run_folder.split(run.cfg.source)]
     entries = comparison.read("source", folders)
     rows = comparison.rows(entries)
     metric = _choice("metric", metric, [name for row in rows for name in row.get("metrics", {})])
@@ -52,11 +51,6 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
     (run.folder / PAGE_NAME).write_text(text, encoding="utf-8")
     run.say(f"page: {run.folder / PAGE_NAME}")
     return done
-
-
-def _folder(path: Path) -> Path:
-    """Of a run, where one of its files was named."""
-    return path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def _choice(key: str, value: str | None, measured: list[str]) -> str | None:

@@ -1,0 +1,1 @@
+"""Words in, exit code out: the command, its help, completion and folders. Nothing here imports torch."""

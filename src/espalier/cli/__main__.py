@@ -1,0 +1,5 @@
+"""`python -m espalier.cli`: what a rank and a shell without the command start."""
+
+from espalier.cli.entry import main
+
+main()

@@ -1,0 +1,140 @@
+"""What a run takes over from the one that it starts from, or goes on from, and what of its words may differ."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from espalier.config import redaction
+from espalier.config.compose import RunConfig
+from espalier.config.overrides import parse
+from espalier.errors import ConfigError
+
+BATCHES = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches", "val_check_interval")  # may follow
+WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # knobs of the trainer that change no weight
+BUNDLED = ("experiment", "debug")  # groups that change others
+DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm")  # of the trainer: what strategy= sets
+NETWORK = ("data", "model", "learner")  # what decides which weights fit
+
+
+def from_source(
+    cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str], *, may_change: Sequence[str]
+) -> DictConfig:
+    """`cfg` with data, model and learner of the source; knobs of the data stay open.
+
+    Groups in `may_change` (warm start, transfer learning) may be others if the command line, or an experiment, says so.
+
+    Raises:
+        ConfigError: the command line changes one of them although the source decides it.
+    """
+    overrides = parse(words)
+    chosen = {_group(word) for word in overrides if "." not in word.key_or_group}
+    fixed = [
+        f"{word.input_line}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
+        for word in overrides
+        if _group(word) in NETWORK
+        and not _is_hidden(stored, word)
+        and not (word.key_or_group.startswith(("data.", "data/")) or _group(word) in may_change)
+    ]
+    if fixed:
+        raise ConfigError(*fixed)
+    result = cfg.copy()
+    with open_dict(result):
+        for group in NETWORK:
+            if not (group in may_change and {group, "experiment"} & chosen):
+                result[group] = stored[group]
+                for word in overrides:
+                    if word.key_or_group.startswith(f"{group}."):
+                        _apply(result, word)
+        if "data/augment" in {word.key_or_group for word in overrides}:
+            result.data.augment = cfg.data.augment
+    return result
+
+
+def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
+    """The stored config of a run that goes on; of the command line only the trainer and stored secrets may differ.
+
+    Raises:
+        ConfigError: another word asks for something that the run was not configured with.
+    """
+    try:
+        result: DictConfig = OmegaConf.merge(OmegaConf.structured(RunConfig), dict(stored))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"resume={cfg.resume}: its configuration is wrong: {str(error).splitlines()[0]}") from error
+    problems = []
+    overrides = parse(words)
+    for word in sorted(overrides, key=lambda word: _group(word) != "strategy"):
+        group = _group(word)
+        if group == "strategy":
+            result.trainer.update({name: cfg.trainer[name] for name in DEVICES})
+        elif word.key_or_group.startswith("trainer.") or _is_hidden(stored, word):
+            _apply(result, word)
+        elif group in stored and group not in ("task", "resume", "requeue") and _differs(cfg, stored, word, group):
+            problems.append(
+                f"{word.input_line}: resume continues the run as it was configured and {group} differs; "
+                "drop it, or start a new run with source="
+            )
+    own = ("seed", "optimizer", "scheduler", "compression", "callbacks", "logger", "trainer")
+    groups = own if stored.get("source") else (*NETWORK, *own)  # a source had the say about the others
+    differing = ", ".join(group for group in groups if _plain(cfg[group]) != _plain(result[group]))
+    problems += [
+        f"{word.input_line}: resume continues the run as it was configured and {differing} would differ; "
+        "drop it, or start a new run with source="
+        for word in overrides
+        if word.key_or_group in BUNDLED and differing
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    result.resume, result.requeue = cfg.resume, cfg.requeue
+    return result
+
+
+def _differs(cfg: DictConfig, stored: Mapping[str, Any], word: Override, group: str) -> bool:
+    """Whether this word asks for something else than the run has: its whole group, or the one value it sets."""
+    if _plain(cfg[group]) == stored[group]:
+        return False
+    if "." not in word.key_or_group or word.is_delete():
+        return True
+    changed = OmegaConf.create(dict(stored))
+    _apply(changed, word)
+    return _plain(changed[group]) != stored[group]
+
+
+def changes(stored: Mapping[str, Any], cfg: DictConfig, but: Sequence[str] = ()) -> list[str]:
+    """What a run that goes on does otherwise than before, such as `trainer.precision 32-true -> bf16-mixed`."""
+    before, now = stored["trainer"], _plain(cfg.trainer)
+    names = [name for name in {**before, **now} if name not in (*WITHOUT_EFFECT, *but)]
+    return [
+        f"trainer.{name} {_told(before.get(name))} -> {_told(now.get(name))}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _told(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _group(word: Override) -> str:
+    return word.key_or_group.partition(".")[0].partition("/")[0]
+
+
+def _is_hidden(stored: Mapping[str, Any], word: Override) -> bool:
+    """Whether this key was stored without its value, because that is a secret."""
+    return OmegaConf.select(OmegaConf.create(dict(stored)), word.key_or_group) == redaction.HIDDEN
+
+
+def _plain(node: Any) -> Any:
+    """As a run stores it."""
+    return redaction.scrub_tree(OmegaConf.to_container(node, resolve=True)) if OmegaConf.is_config(node) else node
+
+
+def _apply(cfg: DictConfig, word: Override) -> None:
+    with open_dict(cfg):
+        if word.is_delete():
+            parent, _, name = word.key_or_group.rpartition(".")
+            OmegaConf.select(cfg, parent).pop(name, None)
+        else:
+            OmegaConf.update(cfg, word.key_or_group, word.value(), force_add=True)

@@ -1,0 +1,1 @@
+"""What was measured, for people: tables, figures, pages, comparisons, and words on the terminal."""
