@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from espalier.config import check, compose, conf_dir, inherit, overrides
 from espalier.config.ranges import Count, Positive, Rate
 from espalier.errors import ConfigError
+from espalier.trust import targets
 from espalier.trust.targets import check_stored
 
 
@@ -133,7 +134,7 @@ def test_a_checkpoint_chooses_no_place_that_is_written_to(value: str):
 
 
 @pytest.mark.parametrize(
-    ("group", "options"), [(group, options) for group, options in conf_dir.groups().items() if group in check.BASES]
+    ("group", "options"), [(group, options) for group, options in conf_dir.groups().items() if group in targets.BASES]
 )
 def test_each_option_can_come_out_of_a_checkpoint(group: str, options: list[str]):
     for option in options:

@@ -1,5 +1,5 @@
 """`python -m espalier.cli`: what a rank and a shell without the command start."""
 
-from espalier.cli.entry import main
+from espalier.cli import main
 
 main()
