@@ -11,7 +11,7 @@ import torch
 from conftest import QUICK, Command, command
 from espalier.composition import build
 from espalier.errors import CONTROL
-from espalier.reporting import comparison, pareto
+from espalier.reporting import pareto
 from unit.test_comparison import Page, row, stored
 
 NASTY = "a<script>b"
@@ -169,6 +169,6 @@ def test_no_word_of_a_stranger_reaches_a_terminal_as_a_command(espalier: Command
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path: Path):
-    points = comparison.points([row("$\\frac$ of $5", 0.9, 2), row("a_b^c", 0.8, 1)], "test/accuracy", "1")
+    points = pareto.points([row("$\\frac$ of $5", 0.9, 2), row("a_b^c", 0.8, 1)], "test/accuracy", "1")
     pareto.pareto(points, "test/accuracy", "1", tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").is_file()

@@ -22,7 +22,8 @@ from espalier.callbacks.monitor import Monitor
 from espalier.callbacks.progress import Progress
 from espalier.callbacks.summary import Summary, parts
 from espalier.compression.graph_module import capture
-from espalier.compression.quantizer import OnnxRuntimeQuantizer, prepare
+from espalier.compression.quantized_graph import prepare
+from espalier.compression.quantizer import OnnxRuntimeQuantizer
 from espalier.errors import ConfigError
 from espalier.models.resnet import ResNet
 from espalier.profiling.cost import count_macs, count_params

@@ -13,7 +13,7 @@ import yaml
 from espalier.errors import ConfigError
 from espalier.profiling import memory
 from espalier.reporting import comparison, page, pareto, report
-from espalier.reporting.comparison import Point
+from espalier.reporting.pareto import Point
 from espalier.spec import Report
 
 NASTY = '<script>alert("1")</script> | **bold** `tick`'
@@ -45,17 +45,17 @@ def stored(folder: Path, rows: list[dict[str, Any]], *, task: str = "train", see
 def test_the_front_of_five_points_is_the_one_on_paper():
     #        error, ms:  a best error  b beaten by c  c            d beaten by a  e cheapest
     points = [(0.01, 9.0), (0.05, 6.0), (0.04, 5.0), (0.01, 9.5), (0.30, 1.0)]
-    assert comparison.front(points) == [0, 2, 4]
+    assert pareto.front(points) == [0, 2, 4]
 
 
 def test_equal_points_stay_on_the_front_together():
-    assert comparison.front([(1.0, 1.0), (1.0, 1.0), (2.0, 2.0)]) == [0, 1]
+    assert pareto.front([(1.0, 1.0), (1.0, 1.0), (2.0, 2.0)]) == [0, 1]
 
 
 def test_the_front_is_named_in_words_cheapest_first():
     rows = [row("big", 0.99, 9, 9000), row("beaten", 0.95, 6, 9000), row("small", 0.96, 5, 4000)]
-    points = comparison.points(rows, "test/accuracy", "1")
-    assert list(comparison.verdicts(points, "test/accuracy", "1")) == [
+    points = pareto.points(rows, "test/accuracy", "1")
+    assert list(pareto.verdicts(points, "test/accuracy", "1")) == [
         "Pareto front of test/accuracy against milliseconds at batch 1, cheapest first (2 of 3): small; big",
         "Pareto front of test/accuracy against size, cheapest first (2 of 3): small; big",
     ]
@@ -63,14 +63,14 @@ def test_the_front_is_named_in_words_cheapest_first():
 
 def test_less_of_an_error_is_better():
     rows = [row("exact", 0.9, 2), row("rough", 0.5, 3)]
-    points = comparison.points(rows, "test/loss", "1")
-    [in_time, _] = comparison.verdicts(points, "test/loss", "1")
+    points = pareto.points(rows, "test/loss", "1")
+    [in_time, _] = pareto.verdicts(points, "test/loss", "1")
     assert in_time.endswith("(1 of 2): exact")
 
 
 def test_runs_without_latency_have_a_front_over_size_alone(tmp_path: Path):
-    points = comparison.points([row("a", 0.9, size_bytes=10 * MB), row("b", 0.8, size_bytes=MB)], "test/accuracy", None)
-    [line] = comparison.verdicts(points, "test/accuracy", None)
+    points = pareto.points([row("a", 0.9, size_bytes=10 * MB), row("b", 0.8, size_bytes=MB)], "test/accuracy", None)
+    [line] = pareto.verdicts(points, "test/accuracy", None)
     assert "against size" in line
     pareto.pareto(points, "test/accuracy", None, tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
@@ -79,7 +79,7 @@ def test_runs_without_latency_have_a_front_over_size_alone(tmp_path: Path):
 def test_a_metric_that_is_no_number_is_on_no_front():
     rows = [row("fine", 0.9, 2), row("diverged", 0.9, 1)]
     rows[1]["metrics"]["test/accuracy"] = None
-    assert comparison.points(rows, "test/accuracy", "1") == [Point("fine", 0.9, 0.9, 2, 1000)]
+    assert pareto.points(rows, "test/accuracy", "1") == [Point("fine", 0.9, 0.9, 2, 1000)]
 
 
 # --- side by side -------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def written(tmp_path: Path) -> tuple[str, str]:
     folder = stored(tmp_path / "run", [row(NASTY, 0.9, 1.5, 2000)], optimizer={"name": NASTY})
     other = stored(tmp_path / "plain", [row("plain net", 0.8)], optimizer={"name": "adam"})
     entries = comparison.read("source", [folder, other])
-    points = comparison.points(comparison.rows(entries), "test/accuracy", "1")
+    points = pareto.points(comparison.rows(entries), "test/accuracy", "1")
     pareto.pareto(points, "test/accuracy", "1", tmp_path / "figures" / "pareto.png")
     done = Report("report", str(tmp_path), None, 0, comparison.rows(entries), notes=[NASTY])
     metrics, costs = report.columns_of(done)

@@ -20,7 +20,8 @@ from espalier.compression import qat
 from espalier.compression.graph_module import CapturedNet, capture
 from espalier.compression.ptq import PTQ, linear_share
 from espalier.compression.qat import QAT, RoundedLinear, round_inputs, round_weight
-from espalier.compression.quantizer import OnnxRuntimeQuantizer, make_quantizer, prepare
+from espalier.compression.quantized_graph import prepare
+from espalier.compression.quantizer import OnnxRuntimeQuantizer, make_quantizer
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 from espalier.export import session

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.compression import base, channel_groups, low_rank, prune_channels
+from espalier.compression import base, channel_groups, low_rank, prune_channels, residual_blocks
 from espalier.compression.low_rank import LowRank
 from espalier.compression.prune_channels import PruneChannels
 from espalier.data.loaders import Batch
@@ -266,9 +266,9 @@ def test_a_branch_that_adds_nothing_goes_first_and_takes_its_activation_along():
 
 def test_an_activation_stays_where_it_does_something():
     gelu = ResNet(SHAPE, 10, [2], "cifar", None, 8, "gelu", "batch", 0.0).eval()
-    assert prune_channels.needed_activations(gelu, ["stages.0.1"], samples(1).x) == {"stages.0.1": True}
+    assert residual_blocks.needed_activations(gelu, ["stages.0.1"], samples(1).x) == {"stages.0.1": True}
     pooled = ResNet((1, 32, 32), 10, [1], "imagenet", "basic", 8, "relu", "batch", 0.0).eval()
-    assert prune_channels.needed_activations(pooled, ["stages.0.0"], torch.zeros(1, 1, 32, 32)) == {"stages.0.0": True}
+    assert residual_blocks.needed_activations(pooled, ["stages.0.0"], torch.zeros(1, 1, 32, 32)) == {"stages.0.0": True}
 
 
 def test_branches_with_a_shortcut_that_changes_the_shape_stay():
@@ -278,9 +278,9 @@ def test_branches_with_a_shortcut_that_changes_the_shape_stay():
         "stages.1.0",
         "stages.2.0",
     ]
-    assert prune_channels.removable(model, []) == ["stages.0.0"]
-    assert prune_channels.removable(model, ["stages.0"]) == []
-    assert prune_channels.removable(model, ["stages.0.0.branch.conv1"]) == []
+    assert residual_blocks.removable(model, []) == ["stages.0.0"]
+    assert residual_blocks.removable(model, ["stages.0"]) == []
+    assert residual_blocks.removable(model, ["stages.0.0.branch.conv1"]) == []
 
 
 @pytest.mark.parametrize("criterion", ["random", "taylor"])

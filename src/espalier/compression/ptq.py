@@ -14,7 +14,8 @@ from espalier.compression import qat
 from espalier.compression.base import Compression, Samples, Stage
 from espalier.compression.graph_module import CapturedNet
 from espalier.compression.qat import check_skip, layers, make_entry, natural_mode
-from espalier.compression.quantizer import Target, calibrate
+from espalier.compression.quantized_graph import calibrate
+from espalier.compression.quantizer import Target
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.profiling.cost import count_params

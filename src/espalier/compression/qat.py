@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from espalier.compression.base import Compression, Conversion, Stage, is_inside, require_modules
 from espalier.compression.graph_module import CapturedNet, capture
-from espalier.compression.quantizer import MIN_SCALE, Target, convert, make_quantizer, prepare
+from espalier.compression.quantized_graph import convert, prepare
+from espalier.compression.quantizer import MIN_SCALE, Target, make_quantizer
 from espalier.config.ranges import Share
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec, Entry

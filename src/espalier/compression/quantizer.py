@@ -7,10 +7,8 @@ float one. Weights have one scale per output channel and no zero point, in [-127
 integers.
 """
 
-import copy
 import logging
 from collections.abc import Sequence, Set
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -20,13 +18,8 @@ from espalier.compression.graph_module import (
     ATEN,
     BATCH_NORM,
     CONVOLUTIONS,
-    CapturedNet,
-    counts_batches,
-    fold_batch_norm,
-    fuse_batch_norm,
     module_names,
     readers,
-    scale_weight,
 )
 from espalier.errors import require
 
@@ -34,12 +27,10 @@ logging.disable(logging.WARNING)  # torchao warns of each CUDA kernel that a CPU
 try:
     from torchao.quantization.pt2e import (
         FusedMovingAvgObsFakeQuantize,
-        HistogramObserver,
         MovingAverageMinMaxObserver,
         MovingAveragePerChannelMinMaxObserver,
     )
     from torchao.quantization.pt2e.fake_quantize import FakeQuantize
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import (
         DerivedQuantizationSpec,
         QuantizationAnnotation,
@@ -77,7 +68,6 @@ MOVES = {  # values that only change their place keep their scale
     ATEN.unsqueeze.default,
 }
 DROPOUTS = {ATEN.dropout.default, ATEN.dropout_.default, ATEN.feature_dropout.default}
-CALIBRATION_BATCH = 64
 MIN_SCALE = 2**-14  # of values that are all zero; as torch sets it in training
 ANNOTATION = "quantization_annotation"  # where torchao looks
 
@@ -180,87 +170,6 @@ def make_quantizer(target: Target, skip: Sequence[str]) -> Quantizer:
     return quantizer
 
 
-def prepare(net: CapturedNet, quantizer: Quantizer) -> CapturedNet:
-    """The same network, in place, with its values rounded to grids whose ranges it observes; none is known yet."""
-    code = quantizer.transform_for_annotation(net.code)
-    quantizer.annotate(code)
-    quantizer.validate(code)
-    fuse_batch_norm(code.graph)
-    for scaled in code.graph.find_nodes(op="call_function", target=scale_weight):
-        (conv,) = readers(scaled)
-        if annotation := conv.meta.get(ANNOTATION):
-            specs = annotation.input_qspec_map
-            if scaled.args[0] in specs:
-                specs[scaled] = specs.pop(scaled.args[0])
-            annotation.input_qspec_map = {node: spec for node, spec in specs.items() if node in conv.all_input_nodes}
-    _retarget(code.graph, BATCH_NORM, _batch_norm)  # or torchao searches for it, and fuses what has to stay
-    with torch.random.fork_rng(devices=[]):  # torchao draws examples for patterns
-        code = prepare_qat_pt2e(code, _Annotated())
-    _retarget(code.graph, _batch_norm, BATCH_NORM)
-    net.run(code.graph, code.meta)
-    for node in net.graph.find_nodes(op="call_module"):
-        grid = net.get_submodule(str(node.target))
-        if not isinstance(grid, FakeQuantize):
-            continue
-        grid._non_persistent_buffers_set.add("observer_enabled")  # follows the mode of the network
-        if grid.is_per_channel:
-            weight = node.args[0]
-            if weight.target is scale_weight:
-                weight = weight.args[0]
-            _set_channels(grid, attrgetter(weight.target)(net).shape[grid.ch_axis])
-    return net
-
-
-@torch.no_grad()
-def calibrate(net: CapturedNet, x: Tensor) -> None:
-    """Fix the ranges of a prepared network: of weights as they are, of values from the samples `x`, not rounded.
-
-    A range is the one that loses least of the histogram of what was seen, in mean square.
-    """
-    net.eval().switch()
-    histograms: dict[FakeQuantize, HistogramObserver] = {}
-    hooks = []
-    for grid in _grids(net):
-        if grid.is_per_channel:  # of a weight
-            grid.enable_observer()
-            continue
-        histogram = HistogramObserver(
-            dtype=grid.dtype, qscheme=grid.qscheme, quant_min=grid.quant_min, quant_max=grid.quant_max, eps=MIN_SCALE
-        )
-        histograms[grid] = histogram
-        hooks.append(grid.register_forward_pre_hook(lambda _, inputs, see=histogram: see(*inputs)))
-        grid.disable_fake_quant()
-    for x_BX in x.split(CALIBRATION_BATCH):
-        net(x_BX)
-    for hook in hooks:
-        hook.remove()
-    for grid, histogram in histograms.items():
-        scale, zero_point = histogram.calculate_qparams()
-        for end, code in (("min_val", grid.quant_min), ("max_val", grid.quant_max)):
-            getattr(grid.activation_post_process, end).copy_(((code - zero_point) * scale).squeeze())
-        grid.enable_fake_quant()
-    for grid in _grids(net):
-        grid.disable_observer()
-    net(x[:1])  # torch computes the scales from the ends, in each forward
-
-
-def convert(net: CapturedNet) -> CapturedNet:
-    """A network that computes with the integers which the prepared one has learnt, batch norm folded; a new one."""
-    net = copy.deepcopy(net)
-    net.watch(())
-    net.eval().switch()
-    fold_batch_norm(net)
-    for node in [node for node in net.graph.nodes if node.target in DROPOUTS or counts_batches(node)]:
-        node.replace_all_uses_with(node.args[0])
-        net.graph.erase_node(node)
-    _retarget(net.graph, BATCH_NORM, _batch_norm)
-    with torch.random.fork_rng(devices=[]):
-        code = convert_pt2e(net.code)
-    _retarget(code.graph, _batch_norm, BATCH_NORM)
-    code.graph.eliminate_dead_code()
-    return CapturedNet(fx.GraphModule(code, code.graph), code.graph).eval()  # without the tensors that are unused now
-
-
 def _annotate(node: fx.Node, inputs: Sequence[fx.Node], output: fx.Node | None, weight: fx.Node | None = None) -> None:
     specs = {source: ACTIVATION for source in inputs if source.target not in DROPOUTS}
     if weight is not None:
@@ -308,35 +217,3 @@ def _is_activation(value: Any) -> bool:
 def _is_quantized(node: fx.Node) -> bool:
     annotation = node.meta.get(ANNOTATION)
     return annotation is not None and annotation.output_qspec is not None
-
-
-def _grids(net: CapturedNet) -> list[FakeQuantize]:
-    """Each once, though values that only change their place share theirs."""
-    return [module for module in net.children() if isinstance(module, FakeQuantize)]
-
-
-def _set_channels(grid: FakeQuantize, num_channels: int) -> None:
-    """The shapes that the buffers have after the first forward, so that a state dict fits before it."""
-    grid.scale.resize_(num_channels).fill_(1)
-    grid.zero_point.resize_(num_channels).fill_(0)
-    grid.activation_post_process.min_val.resize_(num_channels).fill_(torch.inf)
-    grid.activation_post_process.max_val.resize_(num_channels).fill_(-torch.inf)
-
-
-class _Annotated(Quantizer):
-    """Stands for the quantizer that has annotated the graph already."""
-
-    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        return model
-
-    def validate(self, model: fx.GraphModule) -> None:
-        pass
-
-
-def _batch_norm(*args: Any) -> Tensor:
-    return BATCH_NORM(*args)
-
-
-def _retarget(graph: fx.Graph, old: Any, new: Any) -> None:
-    for node in graph.find_nodes(op="call_function", target=old):
-        node.target = new

@@ -293,9 +293,9 @@ def unshare(graph: GraphProto) -> None:
 
 
 def _optimised(model: Path | bytes, level: onnxruntime.GraphOptimizationLevel) -> GraphProto:
+    options = session.options()
+    options.graph_optimization_level = level
     with TemporaryDirectory() as folder:
-        options = session.options()
-        options.graph_optimization_level = level
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath).graph

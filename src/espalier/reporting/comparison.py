@@ -17,7 +17,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from espalier.errors import ConfigError
 from espalier.reporting import report
-from espalier.reporting.figures import LOWER_IS_BETTER
 from espalier.reporting.report import Columns
 from espalier.reporting.terminal import printable
 from espalier.spec import Report
@@ -54,17 +53,6 @@ class Entry:
         """CPU and GPUs, or nothing where that is not known."""
         found = self.provenance.get("hardware") or {}
         return ", ".join(str(part) for part in [found.get("cpu"), *(found.get("gpus") or [])] if part)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A row as the front sees it."""
-
-    name: str
-    value: float  # of the metric
-    gain: float  # the same, or its negative where lower is better
-    latency_ms: float | None
-    size_bytes: float | None
 
 
 def read(key: str, folders: Sequence[Path]) -> list[Entry]:
@@ -152,44 +140,6 @@ def batch_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The batch size that most rows were timed at, the first of several; None where none was."""
     timed = [batch for row in rows for batch in row.get("latency_ms", {})]
     return max(timed, key=timed.count) if timed else None
-
-
-def points(rows: Sequence[Mapping[str, Any]], metric: str, batch: str | None) -> list[Point]:
-    """The rows that have the metric."""
-    found = []
-    runtimes = {row.get("runtime") for row in rows}
-    for row in rows:
-        value = row.get("metrics", {}).get(metric)
-        if value is not None and math.isfinite(value):
-            runtime = str(row.get("runtime"))
-            is_said = len(runtimes) < 2 or runtime in row["name"]
-            name = row["name"] if is_said else f"{row['name']} ({runtime})"
-            gain = -value if metric.endswith(LOWER_IS_BETTER) else value
-            timed = row.get("latency_ms", {}).get(batch, {}).get("p50")
-            found.append(Point(name, value, gain, timed, row.get("size_bytes")))
-    return found
-
-
-def front(costs: Sequence[Sequence[float]]) -> list[int]:
-    """Places of those that no other beats: at least as low in every number, lower in one; equal ones all stay."""
-    return [
-        place
-        for place, own in enumerate(costs)
-        if not any(
-            all(a <= b for a, b in zip(other, own, strict=True)) and tuple(other) != tuple(own) for other in costs
-        )
-    ]
-
-
-def verdicts(points: Sequence[Point], metric: str, batch: str | None) -> Iterator[str]:
-    """Which are on the front of the metric against latency, and against size, in words."""
-    for cost, what in (("latency_ms", f"milliseconds at batch {batch}"), ("size_bytes", "size")):
-        some = [point for point in points if getattr(point, cost) is not None]
-        if len(some) > 1:
-            best = front([(-point.gain, getattr(point, cost)) for point in some])
-            names = [some[place].name for place in sorted(best, key=lambda place: getattr(some[place], cost))]
-            count = f"{len(best)} of {len(some)}"
-            yield f"Pareto front of {metric} against {what}, cheapest first ({count}): {'; '.join(names)}"
 
 
 def cautions(entries: Sequence[Entry]) -> Iterator[str]:

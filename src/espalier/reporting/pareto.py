@@ -1,6 +1,8 @@
 """Figures of speed: latency per runtime and batch size, and what accuracy costs in milliseconds and bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from espalier.reporting import report
-from espalier.reporting.comparison import Point, front
-from espalier.reporting.figures import ARTIFACTS, GREY, MIN_MARGIN, STYLE, save, scale_axis
+from espalier.reporting.figures import ARTIFACTS, GREY, LOWER_IS_BETTER, MIN_MARGIN, STYLE, save, scale_axis
 
 MAX_PANELS = 3  # batch sizes side by side
 ONE_COLUMN = 6  # points that a legend of one column has at most
@@ -20,6 +21,17 @@ MANY_TICKS = 50  # times the left end: 1, 2 and 5 of each decade would overlap
 ROOM = 0.36  # of the panel, right of the slowest dot, where the numbers stand
 
 Row = Mapping[str, Any]  # of a report
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row as the front sees it."""
+
+    name: str
+    value: float  # of the metric
+    gain: float  # the same, or its negative where lower is better
+    latency_ms: float | None
+    size_bytes: float | None
 
 
 def latency(rows: Sequence[Row], target: Path) -> None:
@@ -117,3 +129,41 @@ def _leave_room(axes: Axes, slowest: float) -> None:
         axes.set_xlim(left, slowest * (slowest / left) ** (ROOM / (1 - ROOM)))
     else:
         axes.set_xlim(0, slowest / (1 - ROOM))
+
+
+def points(rows: Sequence[Mapping[str, Any]], metric: str, batch: str | None) -> list[Point]:
+    """The rows that have the metric."""
+    found = []
+    runtimes = {row.get("runtime") for row in rows}
+    for row in rows:
+        value = row.get("metrics", {}).get(metric)
+        if value is not None and math.isfinite(value):
+            runtime = str(row.get("runtime"))
+            is_said = len(runtimes) < 2 or runtime in row["name"]
+            name = row["name"] if is_said else f"{row['name']} ({runtime})"
+            gain = -value if metric.endswith(LOWER_IS_BETTER) else value
+            timed = row.get("latency_ms", {}).get(batch, {}).get("p50")
+            found.append(Point(name, value, gain, timed, row.get("size_bytes")))
+    return found
+
+
+def front(costs: Sequence[Sequence[float]]) -> list[int]:
+    """Places of those that no other beats: at least as low in every number, lower in one; equal ones all stay."""
+    return [
+        place
+        for place, own in enumerate(costs)
+        if not any(
+            all(a <= b for a, b in zip(other, own, strict=True)) and tuple(other) != tuple(own) for other in costs
+        )
+    ]
+
+
+def verdicts(points: Sequence[Point], metric: str, batch: str | None) -> Iterator[str]:
+    """Which are on the front of the metric against latency, and against size, in words."""
+    for cost, what in (("latency_ms", f"milliseconds at batch {batch}"), ("size_bytes", "size")):
+        some = [point for point in points if getattr(point, cost) is not None]
+        if len(some) > 1:
+            best = front([(-point.gain, getattr(point, cost)) for point in some])
+            names = [some[place].name for place in sorted(best, key=lambda place: getattr(some[place], cost))]
+            count = f"{len(best)} of {len(some)}"
+            yield f"Pareto front of {metric} against {what}, cheapest first ({count}): {'; '.join(names)}"

@@ -30,12 +30,12 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
         "batch", None if batch is None else str(batch), [name for row in rows for name in row.get("latency_ms", {})]
     )
     metric, size = metric or comparison.metric_of(rows), size or comparison.batch_of(rows)
-    points = comparison.points(rows, metric, size) if metric else []
+    points = pareto.points(rows, metric, size) if metric else []
     means, ranges = comparison.means(entries)
     notes = [*ranges, *comparison.cautions(entries)]
     run.folder.mkdir(parents=True, exist_ok=True)
     if metric and len(points) > 1:
-        notes = [*comparison.verdicts(points, metric, size), *notes]
+        notes = [*pareto.verdicts(points, metric, size), *notes]
         pareto.pareto(points, metric, size, run.folder / "figures" / "pareto.png")
     differing = comparison.differences(entries)
     if differing:
