@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from espalier.export import bundle
+from espalier.runs import files
 
 Content = dict[str, Any]
 Writer = Callable[[Content, Path, Path], None]  # a good checkpoint, the file to write, the marker
@@ -286,7 +287,7 @@ def write_bundle(good: Path, checkpoint: Path, folder: Path) -> None:
     content = json.loads((folder / bundle.FILE).read_text())
     [name] = content["formats"]["onnx"]["files"]
     shutil.copy(checkpoint, folder / name)
-    content["files"][name]["sha256"] = bundle.sha256(folder / name)
+    content["files"][name]["sha256"] = files.sha256(folder / name)
     if (checkpoint.parent / "SHA256SUMS").exists():
         content["files"][name]["sha256"] = "0" * 64
     try:

@@ -39,8 +39,8 @@ from espalier.export import deployed
 from espalier.learners.learner import Learner
 from espalier.loggers.csv_log import CsvLog
 from espalier.processes import launch
-from espalier.reporting import figures, report
-from espalier.runs import storage
+from espalier.reporting import figures
+from espalier.runs import files, storage
 from espalier.runs.checkpoint import CheckpointIO
 
 PLACES: dict[str, tuple[Any, str, bool]] = {  # what is passed, and whether it is done by then
@@ -58,7 +58,7 @@ PLACES: dict[str, tuple[Any, str, bool]] = {  # what is passed, and whether it i
     "export": (deployed, "export", False),
     "figures": (results, "draw", False),
     "figure": (figures, "save", False),
-    "report": (report, "_replace", False),
+    "report": (files, "write_text", False),
 }
 IMPORTED = (
     "torch._dynamo",

@@ -3,9 +3,7 @@
 import csv
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from espalier.errors import ConfigError, require
 from espalier.evaluation.predictions import ClassScore, Predictions, columns
+from espalier.runs import files
 
 SIGNIFICANT = ".6g"  # digits of a number in a CSV file
 
@@ -46,7 +45,7 @@ def write_classes(scores: Sequence[ClassScore], target: Path) -> None:
 
 def write_csv(target: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """A table of words and numbers."""
-    with _draft(target) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+    with files.replaced(target) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for row in rows:
@@ -58,13 +57,13 @@ def write_parquet(target: Path, table: Mapping[str, NDArray[Any]]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    with _draft(target) as draft:
+    with files.replaced(target) as draft:
         parquet.write_table(pa.table({name: pa.array(cells) for name, cells in table.items()}), draft)
 
 
 def write_json(target: Path, content: Mapping[str, Any]) -> None:
     """Plain values, readable."""
-    with _draft(target) as draft:
+    with files.replaced(target) as draft:
         draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -94,17 +93,3 @@ def score(paths: Sequence[Path], *, is_regression: bool) -> dict[str, float]:
         else:
             right += int((true == predicted).sum())
     return {"rmse": math.sqrt(squares / num), "mae": sizes / num} if is_regression else {"accuracy": right / num}
-
-
-@contextmanager
-def _draft(target: Path) -> Iterator[Path]:
-    """A file beside `target` that takes its place when all is written and on the disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)

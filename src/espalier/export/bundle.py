@@ -4,9 +4,7 @@ Standard library only, so that a server reads it without torch. Nothing in a bun
 JSON, every file is named there with its sha256, and no name may leave the folder.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from espalier.config import conf_dir
 from espalier.errors import ConfigError
+from espalier.runs.files import sha256, sync
 from espalier.spec import DataSpec
 
 SCHEMA = 1
@@ -68,12 +67,6 @@ class Bundle:
         return self.path / self.content["formats"][name]["files"][0]
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write(draft: Path, target: Path, content: Mapping[str, Any]) -> None:
     """Describe the files of the folder `draft` in its `bundle.json`, then rename it to `target`, which must not exist.
 
@@ -82,10 +75,9 @@ def write(draft: Path, target: Path, content: Mapping[str, Any]) -> None:
     names = sorted(path.name for path in draft.iterdir())
     files = {name: {"sha256": sha256(draft / name), "size_bytes": (draft / name).stat().st_size} for name in names}
     text = json.dumps({"schema": SCHEMA, **content, "files": files}, indent=2, ensure_ascii=False, allow_nan=False)
-    with (draft / FILE).open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with (draft / FILE).open("wb") as file:
+        file.write(f"{text}\n".encode())
+        sync(file)
     draft.rename(target)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from espalier.runs import files
+
 NAME = "metrics.csv"
 Row = dict[str, str]
 
@@ -73,9 +75,8 @@ class CsvLog(Logger):
             with self.file.open("ab") as file:
                 file.writelines(lines)
         else:
-            draft = self.file.with_name(f".{NAME}.partial")  # one name: what a kill left is written over
-            draft.write_bytes(self._line({name: name for name in self.columns}) + b"".join(lines))
-            draft.replace(self.file)
+            with files.replaced(self.file) as draft:
+                draft.write_bytes(self._line({name: name for name in self.columns}) + b"".join(lines))
         self.num_saved = len(self.rows)
 
     def _open(self, step: int) -> None:

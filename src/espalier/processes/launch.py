@@ -26,6 +26,7 @@ from espalier.config import redaction
 from espalier.errors import ConfigError, DivergedError, EspalierError, StoppedError
 from espalier.processes.signals import InterruptedByUserError, handled, held_back, stopped
 from espalier.processes.stop_signal import heard, leave_terminal
+from espalier.runs import files
 
 NOTES = "ESPALIER_NOTES"  # the folder where a rank leaves its note
 PARENT = "ESPALIER_PARENT"  # the process that started it
@@ -85,9 +86,7 @@ def leave_note(error: Exception, *, with_traceback: bool) -> None:
         "traceback": redaction.scrub("".join(traceback.format_exception(error))) if with_traceback else "",
     }
     path = _note(Path(os.environ[NOTES]), int(os.environ["LOCAL_RANK"]))
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(note))
-    draft.replace(path)
+    files.write_text(path, json.dumps(note))
 
 
 def _note(folder: Path, number: int) -> Path:

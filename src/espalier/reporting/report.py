@@ -5,7 +5,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from espalier.reporting import terminal
+from espalier.runs import files
 from espalier.spec import Report
 
 JSON_NAME = "report.json"
@@ -31,8 +31,8 @@ Trial = tuple[Path, Sequence[str], str]  # run folder, its overrides `key=value`
 def write(report: Report, folder: Path) -> None:
     """`report.json` and `report.md` in `folder`, each either whole or untouched."""
     text = json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
-    _replace(folder / JSON_NAME, text + "\n")
-    _replace(folder / MARKDOWN_NAME, markdown(report))
+    files.write_text(folder / JSON_NAME, text + "\n")
+    files.write_text(folder / MARKDOWN_NAME, markdown(report))
 
 
 def read(folder: Path) -> Report:
@@ -233,13 +233,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(target: Path, text: str) -> None:
-    """A crash leaves the old file or the new one, never a part of either."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(target)

@@ -5,7 +5,6 @@ like any other: `archive.py` and `torch.load(weights_only=True)` judge it.
 """
 
 import hashlib
-import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +16,7 @@ from fsspec.callbacks import Callback
 
 from espalier.config import redaction
 from espalier.errors import ConfigError
-from espalier.runs import run_folder
+from espalier.runs import files, run_folder
 from espalier.runs.storage import SUMS
 
 SCHEMES = ("https", "http", "s3", "gs", "az", "abfs", "hf", "file")
@@ -84,15 +83,11 @@ def _copy(url: str, target: Path, max_bytes: int) -> None:
     options: dict[str, Any] = {"skip_instance_cache": True}
     if url.startswith("http"):
         options |= {"client_kwargs": {"timeout": PATIENCE, "trust_env": True}}
-    files, place = fsspec.core.url_to_fs(url, **options)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        files.get_file(place, str(draft), callback=_Limit(max_bytes))
+    system, place = fsspec.core.url_to_fs(url, **options)
+    with files.replaced(target, by_several=True) as draft:
+        system.get_file(place, str(draft), callback=_Limit(max_bytes))
         if draft.stat().st_size > max_bytes:  # a library that reports nothing
             raise TooLargeError(max_bytes)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from espalier.errors import ConfigError
+from espalier.runs.files import draft_of, sha256, sync
 from espalier.runs.run_folder import BEST, LAST, PREVIOUS
 
 SUMS = "SHA256SUMS"
@@ -31,7 +32,7 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         names, known = _recorded(path)
-        found = {name: _sha256(path / name) for name in names if (path / name).exists()}
+        found = {name: sha256(path / name) for name in names if (path / name).exists()}
         self.sums = {name: value for name, value in found.items() if value in known}  # what is whole
 
     def write(self, content: Any, name: str, keep: str | None = None) -> None:
@@ -40,13 +41,16 @@ class Folder:
         Raises:
             OSError: there is not enough room, or no permission; what was there before is whole.
         """
-        target, draft = self.path / name, _draft(self.path / name)  # always the same: what a kill left is written over
+        target, draft = (
+            self.path / name,
+            draft_of(self.path / name),
+        )
         _require_room(content, target)
         try:
             with draft.open("wb") as file:
                 hashed = _Hashed(file)
                 torch.save(content, hashed)  # type: ignore[arg-type]  # it asks for no more than write and flush
-                _sync(file)
+                sync(file)
             self._move_in(target, hashed.sha256.hexdigest(), keep)
         except RuntimeError as error:  # torch's own, where a write of its archive fails
             if isinstance(error.__context__, OSError):
@@ -61,7 +65,7 @@ class Folder:
         Raises:
             OSError: as in `write`.
         """
-        draft = _draft(self.path / name)
+        draft = draft_of(self.path / name)
         try:
             _link(self.path / source, draft)
             self._move_in(self.path / name, self.sums[source], keep)
@@ -71,38 +75,38 @@ class Folder:
     def record_best(self, name: str | None) -> None:
         """Write down which file is the best, all or nothing; None: there is none any more."""
         record = self.path / BEST
-        _draft(record).unlink(missing_ok=True)  # what a kill left
+        draft_of(record).unlink(missing_ok=True)  # what a kill left
         if name is None:
             record.unlink(missing_ok=True)
         elif not record.is_file() or record.read_text(encoding="utf-8") != f"{name}\n":
-            with _draft(record).open("wb") as file:
+            with draft_of(record).open("wb") as file:
                 file.write(f"{name}\n".encode())
-                _sync(file)
-            _draft(record).replace(record)
+                sync(file)
+            draft_of(record).replace(record)
 
     def _move_in(self, target: Path, sha256: str, keep: str | None) -> None:
         """Rename the new file, with its hash on disk before and the new list in place after."""
         if keep and target.name in self.sums and target.exists():
             kept = self.path / keep
             try:
-                _link(target, _draft(kept))
-                _draft(kept).replace(kept)
+                _link(target, draft_of(kept))
+                draft_of(kept).replace(kept)
             finally:
-                _draft(kept).unlink(missing_ok=True)  # it is left where both are one file already
+                draft_of(kept).unlink(missing_ok=True)  # it is left where both are one file already
             self.sums[keep] = self.sums[target.name]
         self.sums = {name: value for name, value in self.sums.items() if (self.path / name).exists()}
         self.sums[target.name] = sha256
         lines = "".join(f"{value}  {name}\n" for name, value in sorted(self.sums.items()))
         sums = self.path / SUMS
         try:
-            with _draft(sums).open("wb") as file:
+            with draft_of(sums).open("wb") as file:
                 file.write(lines.encode())
-                _sync(file)
+                sync(file)
         except OSError:
-            _draft(sums).unlink(missing_ok=True)
+            draft_of(sums).unlink(missing_ok=True)
             raise
-        _draft(target).replace(target)
-        _draft(sums).replace(sums)
+        draft_of(target).replace(target)
+        draft_of(sums).replace(sums)
         if os.name == "posix":  # Windows cannot open a folder
             descriptor = os.open(self.path, os.O_RDONLY)
             try:
@@ -114,7 +118,7 @@ class Folder:
 def is_damaged(path: Path) -> bool:
     """Whether the file is not what was written there; one whose hash nobody wrote down is not."""
     names, known = _recorded(path.parent)
-    return path.name in names and _sha256(path) not in known
+    return path.name in names and sha256(path) not in known
 
 
 def snapshot(content: Any) -> Any:
@@ -142,7 +146,7 @@ class Mirror:
             Exception: whatever the file system has to say.
         """
         self.files.makedirs(self.root, exist_ok=True)
-        there, draft = f"{self.root}/{path.name}", f"{self.root}/{_draft(path).name}"
+        there, draft = f"{self.root}/{path.name}", f"{self.root}/{draft_of(path).name}"
         if not path.exists():  # there is no best any more
             if self.files.exists(there):
                 self.files.rm(there)
@@ -178,7 +182,7 @@ def _lines(text: str) -> list[tuple[str, str]]:
 
 def _recorded(folder: Path) -> tuple[set[str], set[str]]:
     """Names and hashes in the list of the folder, and in the next list, which a crash has left."""
-    files = [file for file in (folder / SUMS, _draft(folder / SUMS)) if file.is_file()]
+    files = [file for file in (folder / SUMS, draft_of(folder / SUMS)) if file.is_file()]
     lines = [line for file in files for line in _lines(file.read_text(encoding="utf-8"))]
     return {name for name, _ in lines}, {value for _, value in lines}
 
@@ -215,18 +219,4 @@ def _link(path: Path, draft: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, draft)
         with draft.open("rb+") as file:
-            _sync(file)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+            sync(file)

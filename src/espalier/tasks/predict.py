@@ -14,9 +14,10 @@ from espalier.evaluation import prediction_files
 from espalier.evaluation.predictions import columns
 from espalier.evaluation.shards import MANIFEST, Shards, answered, progress, require_same
 from espalier.export import runtimes
-from espalier.export.bundle import FILE, sha256
+from espalier.export.bundle import FILE
 from espalier.export.runtimes import Format
 from espalier.run import Run
+from espalier.runs.files import sha256
 from espalier.spec import Report
 
 FOLDER = "predictions"  # in the run folder

@@ -1,0 +1,52 @@
+"""Files that appear whole or not at all, and their hashes."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replaced(target: Path, *, by_several: bool = False) -> Iterator[Path]:
+    """Yield a hidden path beside `target`; what is written there takes its place once it is on the disk, else nothing.
+
+    Its name is always the same, so that what a kill left is written over; `by_several` processes write at once, each to
+    a name of its own.
+
+    Raises:
+        OSError: it cannot be written; `target` is as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.partial") if by_several else draft_of(target)
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Replace a file by this text, or leave it as it was; what UTF-8 has no bytes for is escaped."""
+    with replaced(target) as draft:
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def draft_of(target: Path) -> Path:
+    """Return where a file lies until it is whole."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def sync(file: BinaryIO) -> None:
+    """Wait until what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
