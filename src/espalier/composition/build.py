@@ -18,7 +18,7 @@ from espalier.trust.targets import check_stored
 
 
 def part(key: str, node: DictConfig, **supplied: Any) -> Any:
-    """Return the object of a node, given the arguments of `targets.SUPPLIED` that it accepts.
+    """Return the object of a node, given the arguments of `check.SUPPLIED` that it accepts.
 
     Raises:
         ConfigError: the object refuses its arguments; the message names `key`.

@@ -1,6 +1,6 @@
 """Types that carry their range, so that a signature is also the schema of its configuration.
 
-`espalier.targets.check` reads them before anything is built: `data.batch_size=0` ends in one line, not in a traceback.
+`espalier.config.check` reads them before anything is built: `data.batch_size=0` ends in one line, not in a traceback.
 """
 
 import math
