@@ -44,8 +44,9 @@ RELOAD = """
 import sys
 from pathlib import Path
 import torch
-from espalier import checkpoint, networks
-from espalier.config import compose
+from espalier.runs import checkpoint
+from espalier.composition import networks
+from espalier.config.compose import compose
 from espalier.run import Run
 
 stored = checkpoint.load("source", Path(sys.argv[1]))

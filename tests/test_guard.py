@@ -130,7 +130,8 @@ def test_memory_that_does_not_suffice_is_said_in_a_line(
 
 FULL = """
 import resource, signal, sys
-from espalier import checkpoint, cli
+from espalier.runs import checkpoint
+from espalier import cli
 saved = []
 whole = checkpoint.CheckpointIO.save_checkpoint
 def save_checkpoint(self, content, path, storage_options=None):

@@ -20,7 +20,7 @@ from espalier.validate import num_processes, prepare
 RANKS = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from espalier import launch, signals
+from espalier.processes import launch, signals
 from espalier.errors import DivergedError, EspalierError, StoppedError
 
 GLOO = "[unbound_buffer.cc:81] "
@@ -190,7 +190,7 @@ def test_a_signal_while_a_module_is_imported_waits_until_it_is_whole(tmp_path: P
 
 SWALLOWING = """
 import time
-from espalier import signals
+from espalier.processes import signals
 signals.PATIENCE_SECONDS = 0.5
 with signals.heeded("train"):
     try:

@@ -97,8 +97,8 @@ import sys
 from pathlib import Path
 import torch
 from espalier.compression.base import replay
-from espalier.config import compose
-from espalier.prepare import prepare
+from espalier.config.compose import compose
+from espalier.validate import prepare
 
 for file in map(Path, sys.argv[1:]):
     stored = torch.load(file, weights_only=True)
