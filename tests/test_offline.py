@@ -41,6 +41,11 @@ for name in names:
     importlib.import_module(name)
 print(len(names))
 """
+RUN_ALL = """
+import json, sys
+import canary
+canary.run(json.loads(sys.argv[1]))
+"""
 SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=1")
 
 
@@ -88,49 +93,48 @@ def test_the_block_notices_names_and_addresses(blocked):
     assert blocked.attempts == ["socket.getaddrinfo 192.0.2.1", "socket.getaddrinfo example.org"]
 
 
-def test_no_module_reaches_for_the_network_when_it_is_imported(blocked):
-    done = blocked.run(script(blocked.folder, IMPORT_ALL))
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Blocked, subprocess.CompletedProcess[str]]:
+    """One process in which every task has run and, in the end, every module is imported."""
+    blocked = Blocked(tmp_path_factory.mktemp("blocked"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        COMMANDS["serve", LATEST, f"task.port={taken.getsockname()[1]}"] = 2  # it ends when the network is loaded
+        (blocked.folder / "all_of_it.py").write_text(f"{RUN_ALL}{IMPORT_ALL}")
+        return blocked, blocked.run("all_of_it", json.dumps(list(COMMANDS)))
+
+
+LATEST, TABLES = "source=latest", "logger=[csv]"
+COMMANDS = {
+    (): 0,
+    ("train", "--help"): 0,
+    ("train", "--cfg", "job"): 0,
+    ("train", "modle=mlp"): 2,
+    ("train", *SMALL, "logger=[csv,wandb]"): 0,
+    ("evaluate", LATEST, TABLES): 0,
+    ("explain", LATEST, "task.samples=1", "task.method=[occlusion]", TABLES): 0,
+    ("compress", LATEST, "compression=[ptq]", "task.batches=[1]", TABLES): 0,
+    ("export", LATEST, TABLES): 0,
+    ("predict", LATEST, TABLES): 0,
+    (
+        *("benchmark", LATEST, "task.runtimes=[onnx]", "task.batches=[1]", "task.rounds=1", "task.memory=false"),
+        TABLES,
+    ): 0,
+    ("report", LATEST, TABLES): 0,
+}
+
+
+@pytest.mark.timeout(600)  # nine tasks and all imports in one process: half a minute on a quiet machine
+def test_no_command_no_training_and_no_import_reaches_for_the_network(everything):
+    blocked, done = everything
+    codes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("exit code ")]
+    assert codes == list(map(str, COMMANDS.values())), done.stdout + done.stderr
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 100
+    assert int(done.stdout.splitlines()[-1]) > 100  # modules
     assert blocked.attempts == []
 
 
-def test_no_command_and_no_training_reaches_for_the_network(blocked):
-    commands = {
-        (): 0,
-        ("train", "--help"): 0,
-        ("train", "--cfg", "job"): 0,
-        ("train", "modle=mlp"): 2,
-        ("train", *SMALL, "logger=[csv,wandb]"): 0,
-        ("compress", "source=latest", "compression=[ptq]", "task.batches=[1]", "logger=[csv]"): 0,
-    }
-    done = blocked.run("canary", json.dumps(list(commands)))
-    codes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("exit code ")]
-    assert codes == list(map(str, commands.values())), done.stdout + done.stderr
-    assert blocked.attempts == []
-
-
-@pytest.mark.timeout(600)  # eight tasks in one process: half a minute on a quiet machine
-def test_no_task_reports_to_anybody_or_leaves_anything_in_home_that_we_do_not_name(blocked):
-    latest, tables = "source=latest", "logger=[csv]"
-    once = ("task.runtimes=[onnx]", "task.batches=[1]", "task.rounds=1", "task.memory=false")
-    taken = socket.create_server(("127.0.0.1", 0))
-    port = taken.getsockname()[1]
-    commands = {
-        ("train", *SMALL, tables): 0,
-        ("evaluate", latest, tables): 0,
-        ("explain", latest, "task.samples=1", "task.method=[occlusion]", tables): 0,
-        ("export", latest, tables): 0,
-        ("predict", latest, tables): 0,
-        ("serve", latest, f"task.port={port}"): 2,  # which is taken: it ends when the network is loaded
-        ("benchmark", latest, *once, tables): 0,
-        ("report", latest, tables): 0,
-    }
-    with taken:
-        done = blocked.run("canary", json.dumps(list(commands)))
-    codes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("exit code ")]
-    assert codes == list(map(str, commands.values())), done.stdout + done.stderr
-    assert blocked.attempts == []
+def test_no_task_leaves_anything_in_home_that_we_do_not_name(everything):
+    blocked, _ = everything
     left = [str(path.relative_to(blocked.home)) for path in blocked.home.rglob("*") if path.is_file()]
     assert [name for name in left if not name.startswith(NAMED)] == []
     text = (ROOT / "SECURITY.md").read_text()
