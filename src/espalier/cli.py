@@ -271,17 +271,22 @@ def _job(cfg: "DictConfig") -> float | None:
 
 
 def _announce(cfg: "DictConfig", task: str, choices: Mapping[str, Any], folder: Path) -> None:
-    """Say what trains and into which folder, before the seconds that importing torch takes."""
+    """Say what is asked for, before the seconds that importing torch takes; `Run` names the folder once all is checked.
+
+    A resumed run has its folder already.
+    """
     if task not in catalog.TRAINS or launchers.rank() > 0 or launch.is_rank():
         return
+    from espalier import runs
+
     what = f"{task} {choices['model']} on {choices['data']}"
     if cfg.resume:
         what = "going on"
     elif cfg.source:
         what = f"{task} from {cfg.source}"
     recipe = f", {' and '.join(map(str, cfg.compression))}" if cfg.compression and not cfg.resume else ""
-    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    print(secret.scrub(f"{what}{recipe}, seed {cfg.seed}: {place}"), flush=True)
+    place = f": {runs.from_here(folder)}" if cfg.resume else ""
+    print(secret.scrub(f"{what}{recipe}, seed {cfg.seed}{place}"), flush=True)
 
 
 def _num_cpus(cfg: "DictConfig", task: str) -> int:

@@ -310,14 +310,19 @@ class Run:
         """
         if self.task == "evaluate":
             plan.require_test(self.trainer, self.data, str(self.cfg.task.split))
-        trains = self.task == "train" or any(method.trains for method in self.compressions)
-        if self.task not in TRAINS or not trains:
+        if self.task not in TRAINS:
+            return
+        place = f"run folder: {runs.from_here(self.folder)}"  # a resumed run has named it already
+        if self.task != "train" and not any(method.trains for method in self.compressions):
+            self.say(place)
             return
         try:
             require_step(self.learner.optimizer_factory, self.learner.model)
         except ValueError as error:
             raise ConfigError(f"optimizer: {error}") from error
         planned = plan.of_training(self.trainer, self.data, is_tested=self.task == "train")
+        if self.resumed is None:
+            self.say(place)
         self.say(plan.line(planned, self.trainer, self.data.spec))
         for warning in planned.warnings if is_first_rank() else ():
             log.warning(warning)
