@@ -80,6 +80,7 @@ def test_pictures_that_were_renamed_may_have_changed_splits_and_that_is_said(esp
     assert espalier("train", *WORDS, *QUICK, "data.path=pets", "trainer.max_epochs=1", "hydra.run.dir=run").code == 0
     done = espalier("evaluate", "source=run", *QUICK)
     assert (done.code, "have changed" in done.out) == (0, False)
+    assert espalier("evaluate", "source=run", *QUICK, "data.broken=skip").code == 0  # a key that data=digits lacks
     for path in [*pets.glob("*/*.png")]:
         path.rename(path.with_name(f"{9 - int(path.stem)}_.png"))  # the other way round
     done = espalier("evaluate", "source=run", *QUICK)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from espalier import catalog, launch, launchers, ownership, runs
 from espalier.errors import ConfigError
-from espalier.overrides import folder_word, quoted, unquoted
+from espalier.overrides import folder_word, open_to_any, quoted, unquoted
 
 LEAVES_NOTHING = ("serve",)  # tasks that take over no folder
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
@@ -46,6 +46,11 @@ def settle(words: Sequence[str], task: str) -> list[str]:
             settled[place] = f"{key}={','.join(map(quoted, several))}"
         if key in FOLDERS:
             settled[place] = folder_word(key, value)
+    said = {key for key, _, value in (word.partition("=") for word in words) if value not in ("", "null")}
+    if "resume" in said:
+        settled = open_to_any(settled, (*runs.NETWORK, *runs.METHODS))
+    elif "source" in said and task != "report":
+        settled = open_to_any(settled, runs.NETWORK)
     if launchers.rank() > 0:
         settled.append("hydra/job_logging=none")
         if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
