@@ -38,6 +38,7 @@ from espalier.errors import ConfigError, StoppedError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
 from espalier.hints import nearest
+from espalier.learners import position
 from espalier.learners.interrupt import requeue
 from espalier.learners.learner import Learner
 from espalier.measure import cost
@@ -320,7 +321,8 @@ class Run:
             require_step(self.learner.optimizer_factory, self.learner.model)
         except ValueError as error:
             raise ConfigError(f"optimizer: {error}") from error
-        planned = plan.of_training(self.trainer, self.data, is_tested=self.task == "train")
+        before = position.finished(self.resumed.content) if self.resumed else (0, 0)
+        planned = plan.of_training(self.trainer, self.data, is_tested=self.task == "train", finished=before)
         if self.resumed is None:
             self.say(place)
         self.say(plan.line(planned, self.trainer, self.data.spec))
