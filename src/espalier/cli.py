@@ -115,6 +115,11 @@ def _compose_and_run() -> int:
     _refuse_unsafe_loading()
     flags, words = _split_flags(sys.argv[1:])
     secret.refuse(words)
+    if "resume=auto" in words and {"-m", "--multirun"} & set(flags):
+        raise ConfigError(
+            "resume=auto: goes on with one run, and -m starts several; use one command per trial, each with its own "
+            "hydra.run.dir=FOLDER resume=auto"
+        )
     words = folders.settle(words, _task_of(words))
     sys.argv[1:] = [*flags, *words]  # argparse takes no overrides on both sides of a flag
     multirun = bool({"-m", "--multirun"} & set(flags))
