@@ -7,12 +7,14 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import QUICK, Command, launch
 from espalier.config.compose import compose
 from espalier.errors import EspalierError, StoppedError
+from espalier.processes.launch import Rank
 from espalier.processes.signals import InterruptedByUserError, heeded
 from espalier.run import Run
 from espalier.validate import num_processes, prepare
@@ -145,6 +147,17 @@ def test_a_signal_before_a_rank_listens_is_not_lost(tmp_path: Path):
     _, err = watching.communicate(timeout=60)
     assert err == "espalier: stopped by SIGTERM before training began; nothing was lost\n"
     assert watching.returncode == StoppedError.exit_code
+
+
+def test_a_rank_that_is_ended_by_a_timer_after_a_signal_was_stopped_by_that_signal(tmp_path: Path):
+    rank = object.__new__(Rank)
+    rank.number, rank.note, rank.ended_at, rank.was_ended = 0, tmp_path / "0.json", 1.0, False
+    rank.process = SimpleNamespace(returncode=StoppedError.exit_code)  # type: ignore[assignment]
+    failures = [rank.failure(received) for received in ([signal.SIGTERM], [])]
+    assert [failure and failure.lines for failure in failures] == [
+        "stopped by SIGTERM before or after training; what was saved is whole",
+        "ended with exit code 75",
+    ]
 
 
 def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path: Path, waiting: subprocess.Popen[str]):

@@ -73,3 +73,9 @@ def test_sweeps_return_the_monitored_metric(espalier: Command, monkeypatch: pyte
     assert done.code == 0
     [note] = report(done.run)["notes"]
     assert note.endswith(f"{returned[0]:.4f}")
+
+
+def test_a_sweep_that_shall_go_on_by_itself_is_told_what_does(espalier: Command):
+    done = espalier(*WORDS, "seed=0,1", "hydra.sweep.dir=sweep", "resume=auto")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "use one command per trial, each with its own hydra.run.dir=FOLDER resume=auto" in done.err

@@ -76,6 +76,24 @@ def test_an_evaluation_says_that_the_pictures_have_changed_since_the_training(es
     assert f"* {told}" in (done.run / "report.md").read_text().splitlines()
 
 
+def test_pictures_that_were_renamed_may_have_changed_splits_and_that_is_said(espalier: Command, pets: Path) -> None:
+    assert espalier("train", *WORDS, *QUICK, "data.path=pets", "trainer.max_epochs=1", "hydra.run.dir=run").code == 0
+    done = espalier("evaluate", "source=run", *QUICK)
+    assert (done.code, "have changed" in done.out) == (0, False)
+    assert espalier("evaluate", "source=run", *QUICK, "data.broken=skip").code == 0  # a key that data=digits lacks
+    for path in [*pets.glob("*/*.png")]:
+        path.rename(path.with_name(f"{9 - int(path.stem)}_.png"))  # the other way round
+    done = espalier("evaluate", "source=run", *QUICK)
+    assert done.code == 0
+    told = next(
+        line for line in done.out.splitlines() if line.startswith("pets: its 14 training samples are not those")
+    )
+    assert "the data have changed, so samples of other splits may be among those it has seen" in told
+    done = espalier("train", "resume=run")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "its 14 training samples are not those that it began with" in done.err
+
+
 @pytest.mark.parametrize("kind", ["damaged", "too few", "one class", "flat"])
 def test_pictures_that_cannot_be_trained_on_are_one_line_and_no_folder(
     espalier: Command, pets: Path, kind: str

@@ -287,6 +287,15 @@ def test_a_signal_in_the_last_hooks_of_a_training_still_stops_it(
     assert step(tmp_path / "run") == 5
 
 
+def test_the_steps_in_all_are_those_that_follow_an_epoch_that_max_steps_has_cut(espalier: Command, tmp_path: Path):
+    words = ("train", *TINY, "trainer.max_epochs=3", "trainer.max_steps=7", "hydra.run.dir=run")
+    assert espalier(*words).code == 0
+    done = espalier("train", "resume=run", "trainer.max_steps=-1")
+    assert done.code == 0, done.err
+    assert "; 5 steps per epoch, 12 in all" in done.out
+    assert step(tmp_path / "run") == 12  # the second epoch counts as done, the third has 5
+
+
 def test_a_hangup_that_nohup_has_it_ignore_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

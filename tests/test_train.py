@@ -185,8 +185,9 @@ def test_debug_fast_runs_three_batches_of_everything(espalier: Command):
 
 def test_what_will_be_trained_is_said_before_it_is(espalier: Command):
     done = espalier("train", "model=mlp", "model.hidden=[8]", "trainer.max_epochs=2", *QUICK)
-    first, second, third, *_ = done.out.splitlines()
-    assert first == f"train mlp on digits, seed 0: {done.run.relative_to(done.folder)}"
+    first, folder, second, third, *_ = done.out.splitlines()
+    assert first == "train mlp on digits, seed 0"
+    assert folder == f"run folder: {done.run.relative_to(done.folder)}"
     assert second == (
         "cpu, 1 thread; digits: 1151 training, 287 validation and 359 test samples of 1 x 8 x 8, 10 classes; "
         "17 steps per epoch, 34 in all, batch size 64"
@@ -201,7 +202,15 @@ def test_the_first_line_comes_before_torch_is_imported(tmp_path: Path):
     program = "import sys; sys.modules['torch'] = None; from espalier import cli; cli.main()"
     done = subprocess.run([sys.executable, "-c", program, "train"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stdout.startswith("train resnet on digits, seed 0: logs/train/")
+    assert done.stdout == "train resnet on digits, seed 0\n"
+
+
+@pytest.mark.parametrize("word", ["data.batch_size=2000", "trainer.limit_train_batches=0", "trainer.devices=0"])
+def test_no_folder_is_named_that_a_mistake_leaves_behind_for_nobody(espalier: Command, word: str):
+    done = espalier("train", "model=mlp", "model.hidden=[8]", word, *QUICK)
+    assert done.code == 2
+    assert "logs" not in done.out + done.err
+    assert not [*done.folder.glob("logs/*/*")]
 
 
 def test_a_network_in_16_bits_is_trained_and_reported_as_it_answers(espalier: Command):

@@ -1,6 +1,7 @@
 """`train source=RUN`: a warm start on the same data, transfer learning on other data."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,29 @@ def test_a_transferred_run_is_evaluated_on_its_own_data(espalier: Command, train
     assert done.code == 0, done.err
     again, before = (json.loads(Path(run, "report.json").read_text())["rows"][0] for run in ("again", "run"))
     assert again["metrics"] == before["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ("evaluate source=RUN data.broken=skip", 2, "data.broken: no such key"),
+        ("evaluate source=RUN model.hidden=[9]", 2, "model.hidden=[9]: model comes from source and cannot change"),
+        ("evaluate source=RUN data.batch_sise=9", 2, "data.batch_sise"),
+        ("train resume=RUN model.hidden=[9]", 2, "model.hidden=[9]: resume continues the run as it was configured"),
+        ("train resume=RUN callbacks.early_stopping.patience=5", 2, "and callbacks differs"),
+        ("train resume=RUN model.hidden=[16]", 0, ""),
+    ],
+)
+def test_keys_are_those_of_the_run_whatever_a_new_one_would_have(
+    espalier: Command, trained: Outcome, words: str, code: int, told: str
+):
+    shutil.copytree(trained.run, "copy")
+    done = espalier(*words.replace("RUN", "copy").split(), *(QUICK if "evaluate" in words else ()))
+    assert (done.code, len(done.err.splitlines())) == (code, bool(code)), done.err
+    assert told in done.err
+
+
+def test_a_warm_start_takes_a_key_that_the_network_of_the_source_has(espalier: Command, trained: Outcome):
+    done = espalier("train", f"source={trained.run}", "model.dropout=0.5", *SHORT)
+    assert done.code == 0, done.err
+    assert "dropout: 0.5" in Path("run/config.yaml").read_text()

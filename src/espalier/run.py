@@ -25,6 +25,7 @@ from espalier.data.module import DataModule
 from espalier.errors import ConfigError, StoppedError
 from espalier.export import deployed
 from espalier.export.bundle import Bundle
+from espalier.learners import position
 from espalier.learners.learner import Learner
 from espalier.loggers.fault_tolerant import Guarded, guarded
 from espalier.optim.build import require_step
@@ -307,14 +308,20 @@ class Run:
         """
         if self.task == "evaluate":
             plan.require_test(self.trainer, self.data, str(self.cfg.task.split))
-        trains = self.task == "train" or any(method.trains for method in self.compressions)
-        if self.task not in TRAINS or not trains:
+        if self.task not in TRAINS:
+            return
+        place = f"run folder: {run_folder.from_here(self.folder)}"  # a resumed run has named it already
+        if self.task != "train" and not any(method.trains for method in self.compressions):
+            self.say(place)
             return
         try:
             require_step(self.learner.optimizer_factory, self.learner.model)
         except ValueError as error:
             raise ConfigError(f"optimizer: {error}") from error
-        planned = plan.of_training(self.trainer, self.data, is_tested=self.task == "train")
+        before = position.finished(self.resumed.content) if self.resumed else (0, 0)
+        planned = plan.of_training(self.trainer, self.data, is_tested=self.task == "train", finished=before)
+        if self.resumed is None:
+            self.say(place)
         self.say(plan.line(planned, self.trainer, self.data.spec))
         for warning in planned.warnings if is_first_rank() else ():
             log.warning(warning)

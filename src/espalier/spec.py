@@ -25,6 +25,7 @@ class DataSpec:
     target_mean: float = 0.0  # regression: models predict (y - target_mean) / target_std
     target_std: float = 1.0
     background: tuple[int, ...] = (0, 0, 0)  # red, green and blue under what is transparent in a picture file
+    fingerprint: str = ""  # of which samples the training split holds, in which order; empty where nobody took it
 
     @property
     def is_image(self) -> bool:

@@ -22,7 +22,7 @@ from espalier.config.overrides import check_lists, typed
 from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
-from espalier.learners.position import epochs_begun
+from espalier.learners.position import epochs_begun, finished
 from espalier.processes import global_batch, launchers
 from espalier.processes.stop_signal import JOB
 from espalier.run import Run
@@ -136,6 +136,7 @@ def _check_position(trainer: DictConfig, resumed: Checkpoint) -> None:
         )
     try:
         num_epochs, num_steps = epochs_begun(resumed.content), int(resumed.content["global_step"])
+        finished(resumed.content)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"resume={resumed.path}: does not say how far its training had come") from error
     limits = (("max_epochs", num_epochs, "epoch"), ("max_steps", num_steps, "step"))

@@ -359,6 +359,12 @@ def test_a_file_gets_one_plain_line_per_epoch(tmp_path):
     assert last[-1] == "s"
 
 
+def test_an_epoch_without_a_validation_repeats_no_old_numbers(tmp_path):
+    bar, written = progress(is_terminal=False)
+    trainer(tmp_path, bar, max_epochs=4, check_val_every_n_epoch=2).fit(Net(), Batches(2), Batches(1))
+    assert ["val/loss" in line for line in written.getvalue().splitlines()] == [False, True, False, True]
+
+
 def test_a_terminal_is_redrawn_by_the_clock_and_shows_the_loss(tmp_path, monkeypatch):
     bar, written = progress(is_terminal=True)
     redraws = []

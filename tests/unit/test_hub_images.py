@@ -87,6 +87,28 @@ def test_a_folder_of_classes_is_divided_into_three_stratified_splits(tmp_path):
     assert data.spec.name == "pets"
 
 
+def test_a_split_has_the_same_fingerprint_wherever_it_lies_and_another_with_other_names_or_order(tmp_path):
+    for place in ("here", "there/pets/pets", "renamed"):
+        write_folder(tmp_path / place, num=10)
+    (tmp_path / "renamed/owl/3.png").rename(tmp_path / "renamed/owl/03.png")
+    here, there, renamed = (
+        images(tmp_path / place, in_memory=place == "here").spec.fingerprint
+        for place in ("here", "there/pets", "renamed")
+    )
+    assert here == there != renamed
+    assert len(here) == 16
+
+
+def test_a_table_has_another_fingerprint_once_its_rows_change_places(tmp_path):
+    rows = table(10)
+    for name, order in (("a", range(30)), ("b", range(30)), ("c", reversed(range(30)))):
+        (tmp_path / name).mkdir()
+        rows.select(list(order)).flatten_indices().to_parquet(tmp_path / name / "pets.parquet")
+    columns = {"image_column": "photo", "label_column": "kind"}
+    one, two, other = (images(tmp_path / name / "pets.parquet", **columns).spec.fingerprint for name in "abc")
+    assert one == two != other
+
+
 def test_carved_splits_share_no_image_and_lose_none(tmp_path):
     write_folder(tmp_path / "pets", num=10)
     splits = images(tmp_path / "pets").splits

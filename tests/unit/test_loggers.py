@@ -217,7 +217,7 @@ def test_a_logger_that_is_down_is_switched_off_once_and_training_goes_on(tmp_pat
     assert rows(tmp_path)[-1]["step"] == "11"
     assert down.inner is not None
     assert down.inner.calls == 1
-    assert warnings_of(caplog) == ["Down is switched off, training goes on: no route"]
+    assert warnings_of(caplog) == ["Down is switched off, the run goes on: no route"]
 
 
 def test_a_logger_that_cannot_be_built_does_not_stop_training(tmp_path, caplog):
@@ -227,7 +227,7 @@ def test_a_logger_that_cannot_be_built_does_not_stop_training(tmp_path, caplog):
     broken = guarded(fail)
     trainer(tmp_path, [broken], 1).fit(Net(), BATCHES, BATCHES)
     assert broken.inner is None
-    assert warnings_of(caplog) == ["logger is switched off, training goes on: disk full"]
+    assert warnings_of(caplog) == ["logger is switched off, the run goes on: disk full"]
 
 
 def test_an_experiment_that_cannot_start_does_not_stop_training(tmp_path, caplog):
@@ -237,7 +237,7 @@ def test_an_experiment_that_cannot_start_does_not_stop_training(tmp_path, caplog
             raise TimeoutError("server does not answer")
 
     trainer(tmp_path, [guarded(lambda: Unreachable(ValueError()))], 1).fit(Net(), BATCHES, BATCHES)
-    assert warnings_of(caplog) == ["Unreachable is switched off, training goes on: server does not answer"]
+    assert warnings_of(caplog) == ["Unreachable is switched off, the run goes on: server does not answer"]
 
 
 @pytest.mark.parametrize("error", [ConfigError("mlflow is not installed"), KeyboardInterrupt()])

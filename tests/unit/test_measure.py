@@ -212,7 +212,7 @@ def test_the_table_of_trials_shows_what_differs_and_how_each_ended(tmp_path):
 
 def test_a_long_reason_in_a_table_of_trials_takes_no_width_from_the_numbers(tmp_path):
     words = [f"optimizer.lr={rate}" for rate in ("0.0001234", "0.0005678")]
-    reason = "data.batch_size=5000: times 1 devices makes a global batch of 5000, but there are only 1151 samples; " * 2
+    reason = "data.batch_size=5000: on 2 devices makes a global batch of 5000, but there are only 1151 samples; " * 2
     finished = [
         (tmp_path / str(place), [word, f"data.path=/data/a/folder/{place}"], reason) for place, word in enumerate(words)
     ]

@@ -53,6 +53,7 @@ def test_what_is_said_names_samples_steps_and_batch_size():
         ({"train": 700, "batch_size": 60}, [("leaves out 40 of 700 training samples (5.7 %)", "data.batch_size=58")]),
         ({"train": 1330, "batch_size": 60, "world_size": 2}, []),
         ({"train": 9, "batch_size": 1}, []),  # nothing would help
+        ({"train": 700, "batch_size": 60, "limit_train_batches": 2}, []),  # by the limit, which leaves out more
     ],
 )
 def test_few_batches_and_many_samples_left_out_are_said_with_a_remedy(knobs: dict[str, Any], parts: list[tuple[str]]):

@@ -325,6 +325,16 @@ def test_a_mirror_that_is_cut_off_anywhere_holds_only_what_loads(run: Path, tmp_
     assert left > 10
 
 
+def test_a_mirror_loses_what_was_replaced_as_the_folder_does(run: Path, tmp_path: Path):
+    io = writer()
+    io.mirror = storage.Mirror(f"file://{tmp_path}/away/checkpoints")
+    for name in ("best-1.ckpt", "best-2.ckpt", "last.ckpt"):
+        save(run, 1, io, name)
+    io.remove_checkpoint(run / "checkpoints" / "best-1.ckpt")
+    assert not (tmp_path / "away" / "checkpoints" / "best-1.ckpt").exists()
+    assert verdicts(tmp_path / "away") == ["best-2.ckpt:", "OK", "last.ckpt:", "OK"]
+
+
 def test_a_mirror_that_is_out_of_reach_costs_a_warning_and_no_checkpoint(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -30,6 +30,7 @@ class Progress(L.Callback):
         self.due = 0.0  # when to redraw
         self.finished_epoch: int | None = None  # its line is printed when its last metrics are in
         self.epoch_started = self.phase_started = 0.0
+        self.has_validated = False  # since the last line
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.is_shown = trainer.is_global_zero
@@ -70,6 +71,7 @@ class Progress(L.Callback):
             self._redraw(batch_idx + 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.has_validated = not trainer.sanity_checking
         if trainer.state.fn != TrainerFn.FITTING:
             self._close()
 
@@ -120,15 +122,19 @@ class Progress(L.Callback):
         self.bar.update(task, completed=done, status=status, refresh=True)
 
     def _print_epoch(self, trainer: L.Trainer) -> None:
-        """The line of the finished epoch; late, because Lightning collects its last metrics after all hooks."""
+        """Print the line of the finished epoch; late, because Lightning collects its last metrics after all hooks.
+
+        Lightning keeps the values of an earlier validation: where there was none since, the line has none.
+        """
         if self.finished_epoch is None or not self.is_shown:
             return
         measured = trainer.callback_metrics
-        shown = ("train/loss", "val/loss", getattr(trainer.lightning_module, "monitor", None))
+        of_validation = ("val/loss", getattr(trainer.lightning_module, "monitor", None))
+        shown = ("train/loss", *(of_validation if self.has_validated else ()))
         words = [f"{name} {float(measured[name]):.4g}" for name in shown if name in measured]
         seconds = duration(monotonic() - self.epoch_started)
         self.console.print("  ".join([_epoch_name(trainer, self.finished_epoch), *words, seconds]))
-        self.finished_epoch = None
+        self.finished_epoch, self.has_validated = None, False
 
     def _close(self) -> None:
         if self.bar is not None:

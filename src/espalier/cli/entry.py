@@ -122,6 +122,11 @@ def _compose_and_run() -> int:
     _refuse_unsafe_loading()
     flags, words = _split_flags(sys.argv[1:])
     redaction.refuse(words)
+    if "resume=auto" in words and {"-m", "--multirun"} & set(flags):
+        raise ConfigError(
+            "resume=auto: goes on with one run, and -m starts several; use one command per trial, each with its own "
+            "hydra.run.dir=FOLDER resume=auto"
+        )
     words = folders.settle(words, _task_of(words))
     sys.argv[1:] = [*flags, *words]  # argparse takes no overrides on both sides of a flag
     multirun = bool({"-m", "--multirun"} & set(flags))
@@ -278,17 +283,23 @@ def _job(cfg: "DictConfig") -> float | None:
 
 
 def _announce(cfg: "DictConfig", task: str, choices: Mapping[str, Any], folder: Path) -> None:
-    """Say what trains and into which folder, before the seconds that importing torch takes."""
+    """Say what is asked for, before the seconds that importing torch takes; `Run` names the folder once all is checked.
+
+    A resumed run has its folder already.
+    """
     if task not in conf_dir.TRAINS or launchers.rank() > 0 or launch.is_rank():
         return
+
+    from espalier.runs import run_folder
+
     what = f"{task} {choices['model']} on {choices['data']}"
     if cfg.resume:
         what = "going on"
     elif cfg.source:
         what = f"{task} from {cfg.source}"
     recipe = f", {' and '.join(map(str, cfg.compression))}" if cfg.compression and not cfg.resume else ""
-    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    print(redaction.scrub(f"{what}{recipe}, seed {cfg.seed}: {place}"), flush=True)
+    place = f": {run_folder.from_here(folder)}" if cfg.resume else ""
+    print(redaction.scrub(f"{what}{recipe}, seed {cfg.seed}{place}"), flush=True)
 
 
 def _num_cpus(cfg: "DictConfig", task: str) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from espalier.config import conf_dir
-from espalier.config.overrides import folder_word, quoted, unquoted
+from espalier.config import conf_dir, inherit
+from espalier.config.overrides import folder_word, open_to_any, quoted, unquoted
 from espalier.errors import ConfigError
 from espalier.processes import launch, launchers
 from espalier.runs import ownership, run_folder
@@ -55,6 +55,11 @@ def settle(words: Sequence[str], task: str) -> list[str]:
             settled[place] = f"{key}={','.join(map(quoted, several))}"
         if key in FOLDERS:
             settled[place] = folder_word(key, value)
+    said = {key for key, _, value in (word.partition("=") for word in words) if value not in ("", "null")}
+    if "resume" in said:
+        settled = open_to_any(settled, (*inherit.NETWORK, *inherit.METHODS))
+    elif "source" in said and task != "report":
+        settled = open_to_any(settled, inherit.NETWORK)
     if launchers.rank() > 0:
         settled.append("hydra/job_logging=none")
         if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder

@@ -12,6 +12,7 @@ from espalier.errors import ConfigError
 from espalier.export.bundle import Bundle
 from espalier.processes import global_batch
 from espalier.runs.checkpoint import Checkpoint
+from espalier.spec import DataSpec
 
 NUM_NAMED = 5  # classes in a message
 
@@ -31,22 +32,36 @@ def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -
 def changed_samples(data: DataModule, source: Checkpoint | Bundle) -> list[str]:
     """Return a remark if the data of the source have changed since: what is tested on may have been trained on."""
     now, then = data.spec, source.spec
-    if now.name != then.name or not then.class_counts or now.class_counts == then.class_counts:
+    if now.name != then.name or not then.class_counts:
         return []
-    return [
-        f"{now.name}: has {sum(now.class_counts)} training samples where {source.path} was trained on "
-        f"{sum(then.class_counts)}; the data have changed, so samples of other splits may be among those it has seen"
-    ]
+    if now.class_counts != then.class_counts:
+        found = f"has {sum(now.class_counts)} training samples where {source.path} was trained on "
+        found += f"{sum(then.class_counts)}"
+    elif _are_others(now, then):
+        found = f"its {sum(now.class_counts)} training samples are not those that {source.path} was trained on"
+    else:
+        return []
+    return [f"{now.name}: {found}; the data have changed, so samples of other splits may be among those it has seen"]
+
+
+def _are_others(now: DataSpec, then: DataSpec) -> bool:
+    """Whether samples have other names, sizes or labels, or come in another order, as far as both specs say."""
+    return bool(now.fingerprint and then.fingerprint) and now.fingerprint != then.fingerprint
 
 
 def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:
     """Raise `ConfigError` if a run cannot go on as it began, because its data have changed since."""
     now, then = data.spec, resumed.spec
+    bring_back = "bring them back as they were, or start a new run with source="
     if (now.shape, now.class_names, now.class_counts) != (then.shape, then.class_names, then.class_counts):
         raise ConfigError(
             f"resume={resumed.path}: began with {sum(then.class_counts)} training samples of {then.num_outputs} "
-            f"outputs, and the data have {sum(now.class_counts)} of {now.num_outputs} now; bring them back as they "
-            "were, or start a new run with source="
+            f"outputs, and the data have {sum(now.class_counts)} of {now.num_outputs} now; {bring_back}"
+        )
+    if _are_others(now, then):
+        raise ConfigError(
+            f"resume={resumed.path}: its {sum(now.class_counts)} training samples are not those that it began with: "
+            f"files were renamed or replaced; {bring_back}"
         )
 
 

@@ -50,7 +50,7 @@ class Plan:
             batches = "1 batch" if self.num_batches == 1 else f"{self.num_batches} batches"
             yield f"an epoch has only {batches}; data.batch_size={best} makes {train // (best * self.num_devices)}"
         left_out = train - self.num_batches * size
-        if left_out > MUCH_LEFT_OUT * train:
+        if left_out > MUCH_LEFT_OUT * train and self.num_train == self.num_batches:  # else a limit leaves out more
             whole = next(
                 batch
                 for batch in range(self.batch_size, 0, -1)
@@ -63,8 +63,8 @@ class Plan:
             )
 
 
-def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool) -> Plan:
-    """The plan of a fit, followed by a test where `is_tested`.
+def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool, finished: tuple[int, int] = (0, 0)) -> Plan:
+    """The plan of a fit, followed by a test where `is_tested`; `finished` epochs, of so many steps, are done before.
 
     Raises:
         ConfigError: it would train nothing, or never validate although it should; one line per problem.
@@ -89,7 +89,8 @@ def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool) -> Pla
     per_epoch = math.ceil(num_train / trainer.accumulate_grad_batches)
     limits = [trainer.max_steps] if trainer.max_steps != -1 else []
     if trainer.max_epochs not in (None, -1):
-        limits.append(trainer.max_epochs * per_epoch)
+        num_epochs, num_steps = finished
+        limits.append(num_steps + max(trainer.max_epochs - num_epochs, 0) * per_epoch)
     return Plan(
         sizes, trainer.world_size, data.batch_size, num_batches, num_train, per_epoch, min(limits) if limits else None
     )

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from espalier.config import redaction
 from espalier.config.compose import RunConfig
-from espalier.config.overrides import parse
+from espalier.config.overrides import FORCED, parse
 from espalier.errors import ConfigError
 
 BATCHES = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches", "val_check_interval")  # may follow
@@ -17,6 +17,7 @@ WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # knobs of
 BUNDLED = ("experiment", "debug")  # groups that change others
 DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm")  # of the trainer: what strategy= sets
 NETWORK = ("data", "model", "learner")  # what decides which weights fit
+METHODS = ("optimizer", "scheduler", "compression", "callbacks", "logger")  # what else a resumed run keeps as it was
 
 
 def from_source(
@@ -32,7 +33,7 @@ def from_source(
     overrides = parse(words)
     chosen = {_group(word) for word in overrides if "." not in word.key_or_group}
     fixed = [
-        f"{word.input_line}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
+        f"{_said(word)}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
         for word in overrides
         if _group(word) in NETWORK
         and not _is_hidden(stored, word)
@@ -73,14 +74,14 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
             _apply(result, word)
         elif group in stored and group not in ("task", "resume", "requeue") and _differs(cfg, stored, word, group):
             problems.append(
-                f"{word.input_line}: resume continues the run as it was configured and {group} differs; "
+                f"{_said(word)}: resume continues the run as it was configured and {group} differs; "
                 "drop it, or start a new run with source="
             )
-    own = ("seed", "optimizer", "scheduler", "compression", "callbacks", "logger", "trainer")
+    own = ("seed", *METHODS, "trainer")
     groups = own if stored.get("source") else (*NETWORK, *own)  # a source had the say about the others
     differing = ", ".join(group for group in groups if _plain(cfg[group]) != _plain(result[group]))
     problems += [
-        f"{word.input_line}: resume continues the run as it was configured and {differing} would differ; "
+        f"{_said(word)}: resume continues the run as it was configured and {differing} would differ; "
         "drop it, or start a new run with source="
         for word in overrides
         if word.key_or_group in BUNDLED and differing
@@ -115,6 +116,10 @@ def changes(stored: Mapping[str, Any], cfg: DictConfig, but: Sequence[str] = ())
 
 def _told(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _said(word: Override) -> str:
+    return str(word.input_line).removeprefix(FORCED)
 
 
 def _group(word: Override) -> str:

@@ -13,6 +13,7 @@ from espalier.config.conf_dir import groups
 from espalier.errors import ConfigError
 
 TEXTS = ("source", "resume", "hydra.run.dir", "hydra.sweep.dir")  # keys whose value is text, quoted or not
+FORCED = "++"  # before a key: of Hydra, for one that need not be there
 WITH_MEANING = ("", "null", "auto", "latest")  # values of those keys that name no path
 
 
@@ -69,6 +70,16 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise ConfigError(malformed(str(error.override))) from error
+
+
+def open_to_any(overrides: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the words, those for keys in these groups as `++KEY=VALUE`, so that composing accepts any key.
+
+    Another run decides which options they have, not the defaults of this one; `inherit.py` and `check.py` judge them.
+    """
+    chosen = {word.partition("=")[0] for word in overrides}
+    prefixes = tuple(f"{name}." for name in names if not {name, "experiment"} & chosen)
+    return [f"{FORCED}{word}" if word.startswith(prefixes) and "=" in word else word for word in overrides]
 
 
 def malformed(text: str) -> str:

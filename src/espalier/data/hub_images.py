@@ -6,7 +6,7 @@ test images likewise; both are stratified and the same for every run. What is no
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -128,7 +128,7 @@ class HubImages(DataModule):
         label_N = {split: reader.label_N for split, reader in readers.items()}
         self._require_samples(label_N)
         self.notes += self._remarks(names, label_N, left_out)
-        spec = self._spec(names, splits["train"], label_N["train"])
+        spec = replace(self._spec(names, splits["train"], label_N["train"]), fingerprint=readers["train"].fingerprint())
         return Splits(spec, splits["train"], splits["val"], splits["test"])
 
     def _open(self) -> tuple[Mapping[str, Part], list[str]]:

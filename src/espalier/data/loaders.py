@@ -67,9 +67,10 @@ class Order:
     def __init__(self, num_samples: int, batch_size: int, seed: int | None, rank: int, world_size: int) -> None:
         global_batch = batch_size * world_size
         if seed is not None and num_samples < global_batch:
+            on_devices = f"on {world_size} devices makes a global batch of {global_batch}, but " * (world_size > 1)
             raise ConfigError(
-                f"data.batch_size={batch_size}: times {world_size} devices makes a global batch of {global_batch}, "
-                f"but there are only {num_samples} training samples; choose at most {num_samples // world_size}"
+                f"data.batch_size={batch_size}: {on_devices}there are only {num_samples} training samples; "
+                f"choose at most {num_samples // world_size}"
             )
         self.num_samples = num_samples
         self.global_batch = global_batch

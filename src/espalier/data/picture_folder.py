@@ -66,6 +66,11 @@ class Files:
         """Return what a message calls the picture."""
         return shown(os.path.relpath(self.paths[index], self.root))
 
+    def marks(self, indices: Sequence[int]) -> list[str]:
+        """Return name and size of each file."""
+        paths = self[indices]
+        return [f"{os.path.basename(path)} {os.path.getsize(path)}" for path in paths]  # noqa: PTH119, PTH202
+
 
 @dataclass(frozen=True)
 class PictureFolder:

@@ -77,6 +77,13 @@ class Files:
         path = (self.rows[row][self.column] or {}).get("path")
         return f"{self.split} row {row}" + (f" ({os.path.basename(path)})" if path else "")  # noqa: PTH119
 
+    def marks(self, indices: Sequence[int]) -> list[str]:
+        """Return row and name of each file; the column of names is read, not that of contents."""
+        compute = require("pyarrow.compute", "hub")
+        rows = [self.places[index] for index in indices]
+        paths = compute.struct_field(self.rows.data.column(self.column), "path").take(rows).to_pylist()
+        return [f"{row} {os.path.basename(path or '')}" for row, path in zip(rows, paths, strict=True)]  # noqa: PTH119
+
 
 def open_table(path: str, subset: str | None, image_column: str, label_column: str) -> Mapping[str, Table]:
     """All official splits of a local folder, a parquet file or a data set of the hub, by their names.

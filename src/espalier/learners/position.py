@@ -148,3 +148,15 @@ def epochs_begun(checkpoint: Mapping[str, Any]) -> int:
     """How many epochs the training that wrote this had begun; a whole one counts as well."""
     counts = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     return max(int(counts["ready"]), int(counts["processed"]))
+
+
+def finished(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many epochs the training that wrote this had ended, and how many steps these took.
+
+    One that `max_steps` has cut is among them: what goes on begins the next one.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs = loops["epoch_progress"]["current"]
+    is_begun = epochs["ready"] != epochs["processed"] or epochs["started"] != epochs["processed"]
+    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
+    return int(epochs["processed"]), int(checkpoint["global_step"]) - int(steps) * is_begun

@@ -43,7 +43,7 @@ class Guarded(Logger):
                 raise
             self.is_on = False
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.warning("%s is switched off, training goes on: %s", self.label, reason)
+            log.warning("%s is switched off, the run goes on: %s", self.label, reason)
             return None
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -159,6 +159,9 @@ class Rank:
         if self.ended_at is None or self.was_ended or not self.process.returncode:
             return None
         code, seconds = self.process.returncode, self.ended_at
+        if code == StoppedError.exit_code and received:  # by a timer, as in `signals.py`, which leaves no note
+            line = f"stopped by {signal.Signals(received[0]).name} before or after training; what was saved is whole"
+            return Failure(Kind.RAISED, seconds, self.number, line, code)
         if code > 0:
             return Failure(Kind.RAISED, seconds, self.number, f"ended with exit code {code}", code)
         if -code in received:

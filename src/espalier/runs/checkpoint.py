@@ -231,6 +231,11 @@ class CheckpointIO(TorchCheckpointIO):
         """Delete one that others have replaced; what is written in the background may be it."""
         self.teardown()
         super().remove_checkpoint(path)
+        if self.mirror:
+            try:
+                self.mirror.remove(Path(path).name)
+            except Exception as error:  # as above
+                log.warning("%s: not removed from %s, training goes on: %s", path, self.mirror.root, error)
 
     def save_network(self, model: nn.Module, path: Path) -> None:
         """A checkpoint of the network alone, which tests and starts new runs, but does not resume."""

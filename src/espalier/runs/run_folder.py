@@ -101,6 +101,11 @@ def find(key: str, run: str, holds: str | Path = CHECKPOINTS) -> Path:
     return path
 
 
+def from_here(folder: Path) -> Path:
+    """Return the folder as a line names it: from the current one on, where it lies below."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
 def begun(words: Sequence[str]) -> Path | None:
     """What `resume=auto` stands for: the folder of `hydra.run.dir` if it can be resumed, None if all begins there.
 

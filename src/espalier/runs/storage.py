@@ -148,8 +148,7 @@ class Mirror:
         self.files.makedirs(self.root, exist_ok=True)
         there, draft = f"{self.root}/{path.name}", f"{self.root}/{draft_of(path).name}"
         if not path.exists():  # there is no best any more
-            if self.files.exists(there):
-                self.files.rm(there)
+            self.remove(path.name)
             return
         listed = self._list()
         replaced = {path.name, PREVIOUS} if path.name == LAST else {path.name}
@@ -162,6 +161,15 @@ class Mirror:
         self._write_list(listed | new)
         self.files.mv(draft, there)
         self._write_list({(name, value) for name, value in listed if name not in replaced} | new)
+
+    def remove(self, name: str) -> None:
+        """Delete a file that others have replaced, and its line in the list; raise as `copy` does."""
+        if self.files.exists(f"{self.root}/{name}"):
+            self.files.rm(f"{self.root}/{name}")
+        listed = self._list()
+        kept = {line for line in listed if line[0] != name}
+        if kept != listed:
+            self._write_list(kept)
 
     def _list(self) -> set[tuple[str, str]]:
         try:

@@ -47,8 +47,8 @@ def export(
     for name in format:
         formats.module(name).require("task.format")
     target = run.folder / "export"
-    if target.exists():
-        raise ConfigError(f"hydra.run.dir={run.folder}: holds an export already; choose another folder")
+    if target.exists():  # without a bundle, for which `ownership.py` has looked
+        raise ConfigError(f"hydra.run.dir={run.folder}: has a folder called export already; choose another folder")
     run.record()
     network = networks.deployable(run.source)
     gate = parity.Gate(precision == "fp32" and not is_quantized(network.ledger), tolerance, agreement)
