@@ -64,11 +64,11 @@ def test_each_trial_is_a_wandb_run_of_its_own(espalier: Command, monkeypatch: py
 
 
 def test_sweeps_return_the_monitored_metric(espalier: Command, monkeypatch: pytest.MonkeyPatch):
-    from espalier.cli import entry
+    from espalier.cli import job
 
     returned = []
-    job = entry._job
-    monkeypatch.setattr(entry, "_job", lambda cfg: returned.append(job(cfg)) or returned[-1])
+    carry_out = job.carry_out
+    monkeypatch.setattr(job, "carry_out", lambda cfg: returned.append(carry_out(cfg)) or returned[-1])
     done = espalier(*WORDS[:1], *WORDS[2:], *QUICK)
     assert done.code == 0
     [note] = report(done.run)["notes"]

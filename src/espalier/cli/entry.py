@@ -6,34 +6,26 @@ Torch and Lightning are imported inside `_job`, after the configuration has comp
 
 import logging
 import os
-import shutil
 import sys
-import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from espalier.cli import help_pages
+from espalier.cli import help_pages, job
 from espalier.config import conf_dir, redaction
-from espalier.errors import ConfigError, EspalierError, StoppedError
+from espalier.errors import ConfigError, EspalierError
 from espalier.processes import launch, launchers, signals
 from espalier.reporting import terminal
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from espalier.run import Run
+    pass
 
 TAKES_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i"}
 )
 FLAGS = TAKES_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version"}
-NOT_RESULTS = frozenset({"run.log", "config.yaml", "overrides.yaml", "provenance.json"})
 NAME = "espalier"  # of the command and of the package that is installed
-TRIALS_FAILED = 3
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -57,7 +49,7 @@ def main() -> None:
             launch.leave_note(error, with_traceback=wants_traceback)
             sys.exit(error.exit_code)
         if wants_traceback:
-            _print_traceback()
+            job.print_traceback()
         if launchers.rank() == 0 or isinstance(error, launchers.LeftOverError):
             print(
                 *(f"espalier: {line}" for line in redaction.scrub(str(error)).splitlines()), sep="\n", file=sys.stderr
@@ -137,9 +129,9 @@ def _compose_and_run() -> int:
             )
         _check_trials(words)
     folders.require_unused(words, multirun=multirun)
-    _ended.clear()
+    job.ended.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit 1; we translate and choose the code
-    application = hydra.main(config_path=str(conf_dir.CONF), config_name="config", version_base="1.3")(_job)
+    application = hydra.main(config_path=str(conf_dir.CONF), config_name="config", version_base="1.3")(job.carry_out)
     try:
         application()
     except compose.NOT_COMPOSED as error:
@@ -147,9 +139,9 @@ def _compose_and_run() -> int:
     except OSError as error:
         raise ConfigError(f"hydra.run.dir={error.filename}: cannot be written: {error.strerror}") from error
     if multirun:
-        return _report_trials()
-    if _ended and _ended[-1].error:
-        raise _ended[-1].error
+        return job.report_trials()
+    if job.ended and job.ended[-1].error:
+        raise job.ended[-1].error
     return 0
 
 
@@ -204,148 +196,13 @@ def _check_trials(words: Sequence[str]) -> None:
         raise ConfigError(*problems)
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A run of this process that is over; `error` says why it failed."""
-
-    folder: Path
-    words: list[str]
-    error: Exception | None
-
-    @property
-    def outcome(self) -> str:
-        return "done" if self.error is None else redaction.scrub(str(self.error)).splitlines()[0]
-
-
-_ended: list[Ended] = []
-
-
-def _job(cfg: "DictConfig") -> float | None:
-    """One run, or one trial of a sweep; returns what a sweep optimises.
-
-    Errors are kept for `_compose_and_run`: Hydra would print them in its own way, and what it raises itself is then
-    about composing alone. Launchers that run trials in other processes hand errors over themselves.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-    from omegaconf import OmegaConf
-
-    from espalier.cli import folders
-
-    job = HydraConfig.get()
-    is_trial = job.mode == RunMode.MULTIRUN
-    folder = Path(job.runtime.output_dir)
-    words: Any = OmegaConf.to_container(job.overrides.task)  # as typed: `${oc.env:NAME}` stays what it is
-    run: Run | None = None
-    objective: float | None = None
-    error: Exception | None = None
-    task = str(job.runtime.choices["task"])
-    if launchers.rank() == 0:
-        terminal.say_when_closed(f"espalier: nobody reads what is printed any more; {task} goes on in {folder}")
-    try:
-        with folders.owned(folder, task, is_resumed=bool(cfg.resume), is_trial=is_trial):
-            _announce(cfg, task, job.runtime.choices, folder)
-            num_ranks = 1 if is_trial or launchers.find() else _num_cpus(cfg, task)
-            if num_ranks == 1:
-                from espalier.validate import check_trial, num_processes, prepare
-
-                run = prepare(cfg, words, folder, task)
-                if is_trial:
-                    check_trial(run.cfg.trainer, run.task)  # resume= may have brought devices along
-                num_ranks = num_processes(run)
-            if num_ranks > 1:
-                run = None  # may hold weights
-                launch.launch(_words_for_ranks(folder), num_ranks)
-            elif run:
-                with launchers.taken_back():
-                    objective = run.perform()
-    except signals.Signalled as signalled:
-        signalled.has_trained = run is not None and run.has_trained
-        if not signalled.has_trained:
-            _discard_if_empty(folder)
-        raise
-    except EspalierError as reason:
-        error = reason
-        if is_trial:
-            print(f"espalier: trial {folder.name}: {redaction.scrub(str(reason))}", file=sys.stderr)
-        elif isinstance(reason, ConfigError) and not cfg.resume:  # whose folder was there before
-            _discard_if_empty(folder)
-    except Exception as reason:
-        error = reason
-        if is_trial:
-            _print_traceback()
-    if is_trial and isinstance(error, StoppedError):
-        sys.exit(error.exit_code)  # an exception would only end this trial
-    if error and "basic_launcher" not in str(job.launcher.get("_target_")):
-        raise error
-    _ended.append(Ended(folder, words, error))
-    return objective
-
-
-def _announce(cfg: "DictConfig", task: str, choices: Mapping[str, Any], folder: Path) -> None:
-    """Say what is asked for, before the seconds that importing torch takes; `Run` names the folder once all is checked.
-
-    A resumed run has its folder already.
-    """
-    if task not in conf_dir.TRAINS or launchers.rank() > 0 or launch.is_rank():
-        return
-
-    from espalier.runs import run_folder
-
-    what = f"{task} {choices['model']} on {choices['data']}"
-    if cfg.resume:
-        what = "going on"
-    elif cfg.source:
-        what = f"{task} from {cfg.source}"
-    recipe = f", {' and '.join(map(str, cfg.compression))}" if cfg.compression and not cfg.resume else ""
-    place = f": {run_folder.from_here(folder)}" if cfg.resume else ""
-    print(redaction.scrub(f"{what}{recipe}, seed {cfg.seed}{place}"), flush=True)
-
-
-def _num_cpus(cfg: "DictConfig", task: str) -> int:
-    """How many processes a training on CPUs takes, where that can be told without importing torch here as well: else 1.
-
-    Each of them checks its input then, and what all of them find is said once.
-    """
-    trainer = cfg.trainer
-    is_told = trainer.accelerator == "cpu" and trainer.num_nodes == 1 and isinstance(trainer.devices, int)
-    num_devices: int = trainer.devices if is_told and task in conf_dir.TRAINS else 1
-    return num_devices if 1 < num_devices <= max(2, os.cpu_count() or 1) else 1
-
-
-def _words_for_ranks(folder: Path) -> list[str]:
-    """The command line as this process has settled it, and the folder that all of them share."""
-    from espalier.config import overrides
-
-    shared = overrides.quoted(str(folder.resolve()))
-    return [*sys.argv[1:], f"hydra.run.dir={shared}", *({"--traceback"} & set(sys.orig_argv))]
-
-
-def _print_traceback() -> None:
-    print(redaction.scrub(traceback.format_exc()), end="", file=sys.stderr)
-
-
-def _discard_if_empty(folder: Path) -> None:
-    """A run that never started leaves no folder behind."""
-    is_ours = folder.exists() and folder.resolve() not in (Path.cwd(), *Path.cwd().parents)
-    if launchers.rank() == 0 and is_ours and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
-        shutil.rmtree(folder)
-
-
-def _report_trials() -> int:
-    from espalier.reporting import report
-
-    terminal.console().print(report.trials([(trial.folder, trial.words, trial.outcome) for trial in _ended]))
-    return TRIALS_FAILED if any(trial.error for trial in _ended) else 0
-
-
 def _complete(tasks: Sequence[str]) -> int:
     """Tab completion: Hydra's shell code (`-sc install=bash`), our words (`-sc query=bash`)."""
     line = os.environ.get("COMP_LINE")
     if line is None:
         import hydra
 
-        hydra.main(config_path=str(conf_dir.CONF), config_name="config", version_base="1.3")(_job)()
+        hydra.main(config_path=str(conf_dir.CONF), config_name="config", version_base="1.3")(job.carry_out)()
         return 0
     *typed, word = line.split(" ")[1:]
     print(*help_pages.candidates([text for text in typed if text], word, tasks))

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 
@@ -38,3 +39,8 @@ class Question:
         """Return the answer to the last question, False if there is none; wait for it."""
         asked, self._asked = self._asked, None
         return asked is not None and bool(asked.get())
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return getattr(rank_zero_only, "rank", None) in (None, 0)

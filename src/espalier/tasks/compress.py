@@ -10,9 +10,10 @@ from espalier.errors import ConfigError
 from espalier.export import conclusions, deployed
 from espalier.export.deployed import Artifact
 from espalier.reporting import figures
-from espalier.run import Run, is_first_rank
+from espalier.run import Run
 from espalier.runs.checkpoint import Checkpoint, load
 from espalier.spec import Report
+from espalier.strategies.collective import is_first_rank
 
 
 def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Count], threads: Count) -> Report | None:

@@ -19,8 +19,9 @@ from espalier.export import conclusions, deployed, formats, runtimes
 from espalier.export.deployed import Predict
 from espalier.export.runtimes import Format, Row
 from espalier.reporting import terminal
-from espalier.run import Run, is_first_rank
+from espalier.run import Run
 from espalier.spec import Report
+from espalier.strategies.collective import is_first_rank
 
 Runtime = Literal["torch", Format]
 TORCH = "torch"
