@@ -78,7 +78,7 @@ def camel(name: str) -> str:
 
 
 def git(*words: str) -> str:
-    """What git prints about this checkout."""
+    """Return what git prints about this checkout."""
     return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 

@@ -92,7 +92,7 @@ def digits(folder: Path, seeds: list[int], recipes: list[str]) -> None:
 
 
 def compressed(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
-    """The report of a recipe on the source of this seed, from a run of the command line."""
+    """Return the report of a recipe on the source of this seed, from a run of the command line."""
     words = (f"source={source(folder, seed)}", f"seed={seed}", *RECIPES[recipe])
     return report_of(run_of(folder, recipe, seed), "compress", *words)
 
@@ -103,14 +103,14 @@ def run_of(folder: Path, recipe: str, seed: int) -> Path:
 
 
 def source(folder: Path, seed: int) -> Path:
-    """The run folder of the default network on digits."""
+    """Return the run folder of the default network on digits."""
     target = folder / f"source_{seed}"
     report_of(target, "train", f"seed={seed}")
     return target
 
 
 def report_of(target: Path, *words: str) -> dict[str, Any]:
-    """The report in a run folder, after the command that fills it if it has none."""
+    """Return the report in a run folder, after the command that fills it if it has none."""
     file = target / "report.json"
     if not file.exists():
         subprocess.run([ESPALIER, *words, *QUIET, f"hydra.run.dir={target}"], check=True, stdout=subprocess.DEVNULL)
@@ -139,7 +139,7 @@ def network() -> None:
 
 
 def exported(folder: Path, name: str, *words: str) -> Path:
-    """The untrained wide network after a method, as a file."""
+    """Return the untrained wide network after a method, as a file."""
     run = run_with(*(words or ((f"compression=[{name}]",) if name != "fp32" else ())))
     model, ledger = run.model, []
     for method in run.compressions:
@@ -152,12 +152,12 @@ def exported(folder: Path, name: str, *words: str) -> Path:
 
 
 def run_with(*words: str) -> Run:
-    """A run of the wide network that nobody starts."""
+    """Return a run of the wide network that nobody starts."""
     return prepare(compose([*WIDE, *words, *QUIET]), [], Path("unused"), "train")
 
 
 def samples_of(run: Run) -> Tensor:
-    """Inputs for calibration."""
+    """Return inputs for calibration."""
     return run.data.samples(256).x
 
 
@@ -169,7 +169,7 @@ def compare(files: dict[str, Path], batch_size: int) -> dict[str, latency.Latenc
 
 
 def calling(session: onnx.Session, x: Tensor) -> Any:
-    """A call to be timed."""
+    """Return a call to be timed."""
     return lambda: session(x)
 
 
@@ -229,7 +229,7 @@ def peers(folder: Path) -> None:
 
 
 def torch_pruning_alone(run: Run, stored: checkpoint.Checkpoint, target: Path) -> Path:
-    """What its documentation shows: half of the channels by group norm, then the same fine-tuning without a teacher."""
+    """Do as its documentation shows: half of the channels by group norm, then the same fine-tuning without a teacher."""
     import torch_pruning
 
     model = networks.trained(stored)

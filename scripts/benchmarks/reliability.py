@@ -46,7 +46,7 @@ class Window(L.Callback):
             self.seconds, self.num_steps = -time.process_time(), -trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ends."""
+        """Stop."""
         self.seconds += time.process_time()
         self.num_steps += trainer.global_step
 
@@ -61,7 +61,7 @@ def plainly(folder: storage.Folder, content: Any, name: str, keep: str | None = 
 
 
 def plain_link(folder: storage.Folder, source: str, name: str, keep: str | None = None) -> None:
-    """The last checkpoint where it is the best one."""
+    """Link the last checkpoint where it is the best one."""
     (folder.path / name).unlink(missing_ok=True)
     (folder.path / name).hardlink_to(folder.path / source)
 

@@ -46,7 +46,7 @@ def raw_samples(predictor: Predictor) -> np.ndarray:
 
 
 def bare_loop(predictor: Predictor, seconds: float) -> dict[str, float]:
-    """The session alone on batches that are ready and normalised: no request, no preprocessing, no softmax."""
+    """Return the session alone on batches that are ready and normalised: no request, no preprocessing, no softmax."""
     batches = np.split(normalise(predictor.spec, raw_samples(predictor)), NUM_DIFFERENT // MAX_BATCH)
     took, until = [], time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -57,7 +57,7 @@ def bare_loop(predictor: Predictor, seconds: float) -> dict[str, float]:
 
 
 def serve_fastapi(bundle: Path, port: int) -> None:
-    """What a tutorial shows: a model class, a function, one call of the session per request."""
+    """Serve as a tutorial shows: a model class, a function, one call of the session per request."""
     import uvicorn
     from fastapi import FastAPI
     from pydantic import BaseModel
@@ -106,7 +106,7 @@ def serve_litserve(bundle: Path, port: int) -> None:
 
 
 def described(names: Sequence[str], row: np.ndarray) -> dict[str, Any]:
-    """What a client reads."""
+    """Return what a client reads."""
     best = int(row.argmax())
     probabilities = dict(zip(names, row.tolist(), strict=True))
     return {"label": names[best], "probability": float(row[best]), "probabilities": probabilities}
@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
 
 
 async def load(port: int, connections: int, seconds: float, bodies: list[bytes]) -> dict[str, float]:
-    """Requests per second and latency under `connections` clients."""
+    """Return requests per second and latency under `connections` clients."""
     head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     requests = [head % len(body) + body for body in bodies]
     took: list[float] = []
@@ -173,14 +173,14 @@ async def load(port: int, connections: int, seconds: float, bodies: list[bytes])
 
 
 def under_load(port: int, options: argparse.Namespace, seconds: float) -> dict[str, float]:
-    """The same from a process of its own."""
+    """Return the same from a process of its own."""
     words = [sys.executable, __file__, str(options.bundle), "--load", str(port), "--seconds", str(seconds)]
     words += ["--connections", str(options.connections)]
     return json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def start(engine: str, bundle: Path, port: int) -> subprocess.Popen:
-    """A server that answers."""
+    """Return a server that answers."""
     words = [sys.executable, __file__, str(bundle), "--serve", engine, "--port", str(port)]
     if engine == "espalier":
         words = [sys.executable, "-m", "espalier.serving", str(bundle), "--port", str(port)]

@@ -39,12 +39,12 @@ def dataset() -> TensorDataset:
 
 
 def network() -> nn.Sequential:
-    """The same layers as `model=mlp model.hidden=[64]`."""
+    """Return the same layers as `model=mlp model.hidden=[64]`."""
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def raw_loop() -> Callable[[int], int]:
-    """(a) What a user writes without any framework."""
+    """Run (a): what a user writes without any framework."""
     loader = DataLoader(dataset(), batch_size=BATCH, shuffle=True, drop_last=True)
     net = network()
     optimizer = torch.optim.Adam(net.parameters())

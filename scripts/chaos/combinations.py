@@ -78,7 +78,7 @@ class Draw:
 
 
 def case(random: Random, pictures: Path, source: Path) -> Case:
-    """A legal combination of everything that a training can be told."""
+    """Return a legal combination of everything that a training can be told."""
     draw = Draw(random)
     recipe = draw.among("recipe", ("none", *RECIPES), 12 * len(RECIPES), *([1] * len(RECIPES)))
     if recipe == "none":
@@ -99,7 +99,7 @@ def case(random: Random, pictures: Path, source: Path) -> Case:
 
 
 def _data(draw: Draw, pictures: Path) -> tuple[int, int]:
-    """Number of training samples, and of those in a batch."""
+    """Return the number of training samples, and of those in a batch."""
     name = draw.among("data", DATA, 4, 3, 1, 3, 2)
     words, num_samples = DATA[name]
     batch_size = draw.random.choice({"digits": (31, 64), "pictures": (8, 13)}.get(name, (16, 29)))

@@ -33,7 +33,7 @@ def differences(folder: Path, other: Path) -> list[str]:
 
 
 def shown(found: list[str]) -> str:
-    """The differences in a line: how many there are of each part, and the first."""
+    """Return the differences in a line: how many there are of each part, and the first."""
     parts = Counter("/".join(path.split("/")[:2]) for path in found)
     first = {part: next(path for path in found if path.startswith(part)) for part in parts}
     lines = [first[part] if number == 1 else f"{part} {number} times" for part, number in parts.items()]
@@ -47,7 +47,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def measured(folder: Path) -> list[Any]:
-    """What the report says of each network, without clocks."""
+    """Return what the report says of each network, without clocks."""
     report = json.loads((folder / "report.json").read_text())
     networks = [{key: row.get(key) for key in ("name", "metrics", "params", "nonzero")} for row in report["rows"]]
     return [*networks, *(report["notes"] if report["task"] == "train" else ())]  # others have latencies in them
@@ -59,7 +59,7 @@ def best(folder: Path) -> str | None:
 
 
 def checkpoint(folder: Path, name: str) -> dict[str, Any]:
-    """What is in it."""
+    """Return what is in it."""
     return torch.load(folder / "checkpoints" / name, weights_only=True)
 
 

@@ -29,7 +29,7 @@ def fail() -> None:
 
 
 def training_step(self: Learner, data: Any, batch_idx: int) -> Any:
-    """The real one, after the fault."""
+    """Return the real one, after the fault."""
     if batch_idx == int(BATCH) and str(self.global_rank) == RANK:
         fail()
     return whole(self, data, batch_idx)

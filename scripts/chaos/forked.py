@@ -122,7 +122,7 @@ def warm(folder: Path, modules: Sequence[str]) -> None:
 
 
 def started(words: Sequence[str], output: Path, stop: Stop | None, seconds: float, *, draws: bool = True) -> int:
-    """The exit code of `espalier WORDS` in a fork, negative for a signal, once nothing of it is left; 124 if it hung.
+    """Return the exit code of `espalier WORDS` in a fork once nothing of it is left; 124 if it hung.
 
     How often it passed which place lies beside the output, with the suffix `.json`.
     """
@@ -167,13 +167,13 @@ class Rank:
             _child(words, env, None, _stop)
 
     def poll(self) -> int | None:
-        """The exit code, None while it runs."""
+        """Return the exit code, None while it runs."""
         if self.returncode is None:
             self.returncode = _waited(self.pid, 0)
         return self.returncode
 
     def wait(self, timeout: float) -> int:
-        """The exit code.
+        """Return the exit code.
 
         Raises:
             subprocess.TimeoutExpired: it still runs.
@@ -189,7 +189,7 @@ class Rank:
 
 
 def _waited(number: int, until: float) -> int | None:
-    """The exit code of a child, None if it still runs then."""
+    """Return the exit code of a child, None if it still runs then."""
     while True:
         found, status = os.waitpid(number, os.WNOHANG)
         if found:
@@ -249,7 +249,7 @@ def _called(words: Sequence[str]) -> int:
 
 
 def _counted(place: str, whole: Callable[..., Any], *, is_after: bool) -> Callable[..., Any]:
-    """The function, which is passed once more with every call."""
+    """Return the function, which is passed once more with every call."""
 
     @wraps(whole)
     def counted(*args: Any, **kwargs: Any) -> Any:

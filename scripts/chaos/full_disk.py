@@ -35,7 +35,7 @@ def saved_step(run: Path) -> int:
 
 
 def fill(disk: Path, left_bytes: int) -> Path:
-    """A file that takes all but so many bytes."""
+    """Return a file that takes all but so many bytes."""
     ballast = disk / "ballast"
     with ballast.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - left_bytes)

@@ -112,13 +112,13 @@ def prepare(folder: Path, cases: Iterable[Case]) -> None:
 
 
 def drawn(folder: Path, seed: int, index: int) -> tuple[Case, Random]:
-    """The case of this index, and what draws its stops."""
+    """Return the case of this index, and what draws its stops."""
     random = Random(f"{seed}:{index}")
     return combinations.case(random, folder / "pictures", folder / "source"), random
 
 
 def tried(folder: Path, seed: int, indices: range, jobs: int, seconds: float) -> dict[int, Outcome]:
-    """The outcome of each case, some at a time, each in a process of its own."""
+    """Return the outcome of each case, some at a time, each in a process of its own."""
     outcomes: dict[int, Outcome] = {}
     running: dict[int, tuple[int, float]] = {}  # index and deadline by process
     waiting, last_start = list(indices), time.monotonic() + seconds
@@ -169,7 +169,7 @@ def _be_case(folder: Path, seed: int, index: int) -> None:
 
 
 def broken(here: Path, folder: Path, seed: int, index: int, outcome: Outcome) -> str:
-    """What differs after the stops of this case, or went wrong; empty if nothing."""
+    """Return what differs after the stops of this case, or went wrong; empty if nothing."""
     case, random = drawn(folder, seed, index)
     outcome.words, outcome.drawn = case.words, case.drawn
 
@@ -201,7 +201,7 @@ def broken(here: Path, folder: Path, seed: int, index: int, outcome: Outcome) ->
 
 
 def _how(random: Random, place: str, num_ranks: int) -> tuple[str, int, bool]:
-    """The signal, the rank, and whether all get it."""
+    """Return the signal, the rank, and whether all get it."""
     rank = random.randrange(num_ranks) if place in forked.OF_ALL_RANKS else 0
     return random.choices(KILLS, (12, 2, 1, 1, 1))[0], rank, num_ranks > 1 and random.random() < 0.5
 

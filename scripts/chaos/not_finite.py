@@ -22,7 +22,7 @@ HARMS = ("nan", "inf", "gradient")
 
 
 def problems(training: Training, step: int, code: int) -> list[str]:
-    """What is not as promised."""
+    """Return what is not as promised."""
     found = [] if code == 4 else [f"exit code {code}"]
     if not training.last_line().startswith(f"espalier: diverged at step {step}: "):
         found.append(training.last_line())

@@ -233,7 +233,7 @@ class Odd:
         }
 
     def _damaged(self) -> bytes:
-        """A picture cut short, or with a wrong byte in its head."""
+        """Return a picture cut short, or with a wrong byte in its head."""
         if self.random.random() < 0.5:
             return self.png[: self.random.randrange(len(self.png) // 2)]
         place = self.random.randrange(8)
@@ -247,28 +247,28 @@ def head(method: bytes, path: bytes, length: int, kind: bytes = b"application/js
 
 
 def post(body: bytes, kind: bytes = b"application/json", route: bytes = b"/predict") -> bytes:
-    """A request for a prediction."""
+    """Return a request for a prediction."""
     return head(b"POST", route, len(body), kind) + body
 
 
 def form(body: bytes) -> bytes:
-    """A form."""
+    """Return a form."""
     return post(body, FORM)
 
 
 def upgraded(request: bytes, protocol: bytes) -> bytes:
-    """The request with a wish for another protocol."""
+    """Return the request with a wish for another protocol."""
     wish = b"\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: %s\r\nhttp2-settings: AAMAAABkAAQ" % protocol
     return request.replace(HOST, HOST + wish)
 
 
 def part(file: bytes) -> bytes:
-    """A file of a form."""
+    """Return a file of a form."""
     return b'--x\r\ncontent-disposition: form-data; name="f"; filename="../../x"\r\n\r\n' + file + b"\r\n"
 
 
 def picture(mode: str, kind: str, side: int = 32) -> bytes:
-    """A picture, noise above black; where a kind of file has no such mode, a PNG of grey."""
+    """Return a picture, noise above black; where a kind of file has no such mode, a PNG of grey."""
     pixels = np.zeros((side, side), dtype=np.uint8)
     pixels[:32, :32] = np.random.default_rng(0).integers(0, 256, (32, 32))
     file = BytesIO()
@@ -280,7 +280,7 @@ def picture(mode: str, kind: str, side: int = 32) -> bytes:
 
 
 def bomb(side: int) -> bytes:
-    """A PNG that claims side x side pixels in a few bytes."""
+    """Return a PNG that claims side x side pixels in a few bytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")

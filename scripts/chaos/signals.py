@@ -31,7 +31,7 @@ START_UP_S = 4.0  # the first step takes longer
 
 
 def begun(training: Training) -> int:
-    """Steps that the first rank has begun."""
+    """Return the steps that the first rank has begun."""
     return sum(line.startswith("0 ") for line in training.lines())
 
 

@@ -82,7 +82,7 @@ def files(seed: int = 0) -> Iterator[tuple[str, bytes]]:
 
 
 def trained(folder: Path, channels: int) -> dict[str, NDArray[np.uint8]]:
-    """What training sees of each file, (C, S, S), out of a folder in which two classes hold all of them."""
+    """Return what training sees of each file, (C, S, S), out of a folder in which two classes hold all of them."""
     knobs: dict[str, Any] = {"path": str(folder), "subset": None, "image_column": "image", "label_column": "label"}
     knobs |= {"train_split": "train", "val_split": "train", "test_split": "train", "val_share": 0.1, "test_share": 0.1}
     knobs |= {
@@ -99,7 +99,7 @@ def trained(folder: Path, channels: int) -> dict[str, NDArray[np.uint8]]:
 
 
 def spec_of(channels: int) -> DataSpec:
-    """A spec of which each pixel is a class, so that an answer can tell all of them."""
+    """Return a spec of which each pixel is a class, so that an answer can tell all of them."""
     names = tuple(f"pixel {number}" for number in range(channels * SIDE * SIDE))
     shape = (channels, SIDE, SIDE)
     background = pictures.colour(BACKGROUND)
@@ -107,7 +107,7 @@ def spec_of(channels: int) -> DataSpec:
 
 
 def asked(server: Server, route: str, content: bytes) -> Any:
-    """The answer to a picture file, sent as it is; to /predict in base64 as well, which must say the same."""
+    """Return the answer to a picture file, sent as it is; to /predict in base64 as well, which must say the same."""
     status, answer = server.ask("POST", route, content, "image/png")
     assert status == 200, answer
     if route == "/predict":

@@ -26,7 +26,7 @@ harm, _, harmed_step = os.environ.get("HARM", "").partition("@")
 
 
 def training_step(self: Learner, batch: Batch, batch_idx: int) -> Tensor:
-    """The step, and its line."""
+    """Return the step, and its line."""
     loss = whole(self, batch, batch_idx)
     seen = (hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12] for values in (batch.index, batch.x))
     words = (self.global_rank, self.current_epoch, batch_idx, *seen, loss.item().hex())

@@ -46,7 +46,7 @@ class Training:
         return self.process.poll()
 
     def wait(self, seconds: float) -> int:
-        """The exit code.
+        """Return the exit code.
 
         Raises:
             subprocess.TimeoutExpired: it still ran, and was killed.
@@ -84,11 +84,11 @@ class Training:
         return found
 
     def lines(self) -> list[str]:
-        """The trace so far; lines of steps that were done again are in it again."""
+        """Return the trace so far; lines of steps that were done again are in it again."""
         return self.trace.read_text().splitlines() if self.trace.exists() else []
 
     def steps(self) -> dict[str, str]:
-        """What was seen and lost in each batch, by rank, epoch and batch.
+        """Return what was seen and lost in each batch, by rank, epoch and batch.
 
         Raises:
             AssertionError: a batch that was done again was not the same.
@@ -101,7 +101,7 @@ class Training:
         return found
 
     def checkpoint(self, name: str = "last") -> dict[str, Any]:
-        """What is in it."""
+        """Return what is in it."""
         return compared.checkpoint(self.folder, f"{name}.ckpt")
 
     def last_line(self) -> str:
@@ -110,5 +110,5 @@ class Training:
 
 
 def differences(one: Training, other: Training) -> list[str]:
-    """What is not equal to the last bit: the trace, checkpoints, metrics, report."""
+    """Return what is not equal to the last bit: the trace, checkpoints, metrics, report."""
     return [*(["steps"] if one.steps() != other.steps() else []), *compared.differences(one.folder, other.folder)]

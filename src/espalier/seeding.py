@@ -26,7 +26,7 @@ def key(*parts: int) -> int:
 
 
 def generator(*parts: int) -> torch.Generator:
-    """A CPU generator that starts at `key(*parts)`."""
+    """Return a CPU generator that starts at `key(*parts)`."""
     return torch.Generator().manual_seed(key(*parts))
 
 
@@ -58,5 +58,5 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits."""
+    """Return the int64 with the same 64 bits."""
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -43,7 +43,7 @@ MAY_CHANGE = {
 
 
 def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> Run:
-    """The run that this configuration describes.
+    """Return the run that this configuration describes.
 
     Raises:
         ConfigError: one line per problem.
@@ -150,7 +150,7 @@ def _check_position(trainer: DictConfig, resumed: Checkpoint) -> None:
 
 
 def _source(reference: str, task: str) -> Checkpoint | Bundle:
-    """What a RUN stands for: its exported bundle where it holds one, else its checkpoint."""
+    """Return what a RUN stands for: its exported bundle where it holds one, else its checkpoint."""
     path = run_folder.find("source", reference)
     exported = run_folder.bundle_in(path)
     if exported is None and task in run_folder.TAKES_BUNDLE:
@@ -173,7 +173,7 @@ def _source(reference: str, task: str) -> Checkpoint | Bundle:
 
 
 def _methods(recipe: DictConfig) -> list[str]:
-    """The file of each method; its key may have any name."""
+    """Return the file of each method; its key may have any name."""
     return [str(node._target_).split(".")[-2] for node in recipe.values()]
 
 

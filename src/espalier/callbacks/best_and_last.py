@@ -99,7 +99,7 @@ class BestAndLast(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the place of Lightning's. The last batch of an epoch has validation and the epoch's checkpoint next."""
+        """Take the place of Lightning's. The last batch of an epoch has validation and the epoch's checkpoint next."""
         if self.every_n_steps is None and self.every_n_minutes is None and not self._owes_last:
             return
         if not is_between_steps(trainer) or ends_here(trainer):

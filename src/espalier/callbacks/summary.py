@@ -34,7 +34,7 @@ class Part:
 
 
 def parts(model: nn.Module, sample: Tensor, depth: int) -> list[Part]:
-    """The model and its submodules down to `depth` levels, measured on one `sample` (batch 1).
+    """Return the model and its submodules down to `depth` levels, measured on one `sample` (batch 1).
 
     A submodule without children stands for itself at any level above; one without parameters that is never called is
     left out. A model that calls no submodule with parameters runs a graph instead, and what it does call are the

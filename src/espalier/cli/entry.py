@@ -30,7 +30,7 @@ UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def main() -> None:
-    """The console command.
+    """Run the console command.
 
     Its exit code is 0 done, 1 failed, 2 bad input, 3 failed trials, 4 diverged, 75 stopped, 130 interrupted.
     """
@@ -99,7 +99,7 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _version() -> str:
-    """The version of this package, and of what decides its numbers most; nothing is imported."""
+    """Return the version of this package, and of what decides its numbers most; nothing is imported."""
     python = ".".join(map(str, sys.version_info[:3]))
     versions = (f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
     return f"{NAME} {metadata.version(NAME)} ({', '.join(versions)}, Python {python})"
@@ -153,7 +153,7 @@ def _refuse_unsafe_loading() -> None:
 
 
 def _split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags with their values, and overrides, wherever they stand.
+    """Return flags with their values, and overrides, wherever they stand.
 
     Raises:
         ConfigError: a flag that neither we nor Hydra have.

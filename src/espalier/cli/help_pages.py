@@ -19,13 +19,13 @@ FLAGS = """\
 
 
 def overview(tasks: Sequence[str]) -> str:
-    """The tasks, a line each, and three examples."""
+    """Return the tasks, a line each, and three examples."""
     lines = [f"  espalier {task:<10} {conf_dir.summary('task', task)}" for task in tasks]
     return "\n".join(["Tasks (`espalier TASK --help` for the rest):", *lines, "", "Examples:", EXAMPLES])
 
 
 def help_page(verb: str, group: str) -> str:
-    """Groups, options and knobs of a task; or, where `group` is one, its options with a line each."""
+    """Return groups, options and knobs of a task; where `group` is one, its options with a line each."""
     groups = conf_dir.groups()
     if group in groups:
         lines = [f"  {group}={option:<20} {conf_dir.summary(group, option)}" for option in groups[group]]
@@ -56,7 +56,7 @@ def _top_level_lines() -> list[str]:
 
 
 def candidates(typed: Sequence[str], word: str, tasks: Sequence[str]) -> list[str]:
-    """What `word` can grow into: a task, an option of a group, or the name of a group or key."""
+    """Return what `word` can grow into: a task, an option of a group, or the name of a group or key."""
     if not typed:
         return [task for task in tasks if task.startswith(word)]
     groups = conf_dir.groups()

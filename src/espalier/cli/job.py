@@ -133,7 +133,7 @@ def _num_cpus(cfg: "DictConfig", task: str) -> int:
 
 
 def _words_for_ranks(folder: Path) -> list[str]:
-    """The command line as this process has settled it, and the folder that all of them share."""
+    """Return the command line as this process has settled it, and the folder that all of them share."""
     from espalier.config import overrides
 
     shared = overrides.quoted(str(folder.resolve()))
@@ -141,7 +141,7 @@ def _words_for_ranks(folder: Path) -> list[str]:
 
 
 def _discard_if_empty(folder: Path) -> None:
-    """A run that never started leaves no folder behind."""
+    """Remove the folder of a run that never started."""
     is_ours = folder.exists() and folder.resolve() not in (Path.cwd(), *Path.cwd().parents)
     if launchers.rank() == 0 and is_ours and {path.name for path in folder.iterdir()} <= NOT_RESULTS:
         shutil.rmtree(folder)

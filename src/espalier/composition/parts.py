@@ -123,11 +123,11 @@ class Parts:
         return recipe
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """The learner's, which is built when this is first called."""
+        """Return the learner's, which is built when this is first called."""
         return self.learner.loss(output, y)
 
     def network_of(self, key: str, reference: str) -> nn.Module:
-        """The deployable network of another run, frozen: a teacher. `source` is the run that this one starts from.
+        """Return the deployable network of another run, frozen: a teacher. `source` is the run that this starts from.
 
         Raises:
             ConfigError: there is none, or it was trained on other data.
@@ -164,7 +164,7 @@ class Parts:
         return [*([KeepMasks()] if was_masked and not keeps_masks else []), *self.compressions, *watching]
 
     def _chosen_metric(self, key: str, node: DictConfig) -> dict[str, str]:
-        """What a callback watches where the configuration says so, and which way it gets better.
+        """Return what a callback watches where the configuration says so, and which way it gets better.
 
         Raises:
             ConfigError: the validation has no such metric.
@@ -200,7 +200,7 @@ class Parts:
         return CheckpointIO(began, self.data.spec, self.ledger)
 
     def plain_config(self) -> dict[str, Any]:
-        """What is written down of the configuration: plain types, no secrets."""
+        """Return what is written down of the configuration: plain types, no secrets."""
         return redaction.scrub_tree(OmegaConf.to_container(self.cfg, resolve=True))
 
     def say(self, line: str) -> None:

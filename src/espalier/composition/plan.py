@@ -64,7 +64,7 @@ class Plan:
 
 
 def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool, finished: tuple[int, int] = (0, 0)) -> Plan:
-    """The plan of a fit, followed by a test where `is_tested`; `finished` epochs, of so many steps, are done before.
+    """Return the plan of a fit, then a test where `is_tested`; `finished` epochs, of so many steps, are done before.
 
     Raises:
         ConfigError: it would train nothing, or never validate although it should; one line per problem.

@@ -120,7 +120,7 @@ def is_inside(path: str, names: Iterable[str]) -> bool:
 
 
 def replay(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
-    """A fresh model with the structure that the ledger describes; its weights are to be loaded next.
+    """Return a fresh model with the structure that the ledger describes; its weights are to be loaded next.
 
     Raises:
         ConfigError: the ledger names a method that this version does not have, or belongs to another architecture.
@@ -137,7 +137,7 @@ def replay(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
 
 
 def finalize(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
-    """The deployable network, in evaluation mode."""
+    """Return the deployable network, in evaluation mode."""
     model.eval()
     for entry in ledger:
         model = _file_of(str(entry["method"])).finalize(model, entry)
@@ -145,7 +145,7 @@ def finalize(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module
 
 
 def without_teacher(model: nn.Module, ledger: Iterable[Entry]) -> tuple[nn.Module, list[Entry]]:
-    """What the next run starts from: a distillation has left its mark on the weights and nothing else."""
+    """Return what the next run starts from: a distillation has left its mark on the weights and nothing else."""
     kept: list[Entry] = []
     for entry in ledger:
         if stage_of(entry["method"]) == Stage.DISTILL:
@@ -204,7 +204,7 @@ def methods() -> list[str]:
 
 
 def stage_of(method: str) -> Stage:
-    """The place of a method in a recipe."""
+    """Return the place of a method in a recipe."""
     return _file_of(method).STAGE
 
 
@@ -214,7 +214,7 @@ def is_quantized(ledger: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def conversion(ledger: Iterable[Mapping[str, Any]]) -> Conversion | None:
-    """What the exporter has left to do for this network; None where `finalize` did everything."""
+    """Return what the exporter has left to do for this network; None where `finalize` did everything."""
     for entry in ledger:
         of_method = getattr(_file_of(str(entry["method"])), "conversion", None)
         if of_method is not None and (found := of_method(entry)) is not None:
@@ -223,7 +223,7 @@ def conversion(ledger: Iterable[Mapping[str, Any]]) -> Conversion | None:
 
 
 def _file_of(method: str) -> ModuleType:
-    """The file of a method; a ledger comes out of a checkpoint, so nothing but names of this package is imported."""
+    """Return the file of a method; a ledger comes from a checkpoint, so only names of this package are imported."""
     if method in {module.name for module in iter_modules(compression.__path__)}:
         file = import_module(f"{compression.__name__}.{method}")
         if hasattr(file, "STAGE"):

@@ -88,7 +88,7 @@ def cut(model: nn.Module, groups: Sequence[Group], gone: Sequence[Tensor]) -> nn
 
 
 def differences(before: nn.Module, after: nn.Module) -> Differences:
-    """What `reshape` needs to give `before` the sizes of `after`: numbers of a module, and its tensors' changed axes.
+    """Return what gives `before` the sizes of `after`: numbers of a module, and its tensors' changed axes.
 
     Both have the same modules. `{"conv": {"out_channels": 8, "weight": [8, -1, -1, -1]}}` is a convolution with another
     number of output channels.

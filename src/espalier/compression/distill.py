@@ -157,7 +157,7 @@ class Distill(Compression):
         return model, entry
 
     def _adapters(self, model: nn.Module) -> dict[str, Adapter]:
-        """The adapter of each feature that needs one; raises `ConfigError` for a path at which nothing compares."""
+        """Return an adapter for each feature that needs one; raise `ConfigError` for a path where nothing compares."""
         ours = self._outputs("this network", model)
         theirs = self._outputs("the teacher", self.teacher)
         for path in self.attention:
@@ -180,7 +180,7 @@ class Distill(Compression):
         return adapters
 
     def _outputs(self, owner: str, model: nn.Module) -> Mapping[str, Tensor]:
-        """What the watched modules of a network, which stays as it is, give for one sample."""
+        """Return what the watched modules of a network, which stays as it is, give for one sample."""
         names = [name for name, _ in model.named_modules() if name]
         knobs = [(knob, path) for knob in ("features", "attention") for path in getattr(self, knob)]
         for knob, path in knobs:
@@ -277,7 +277,7 @@ def _adapted(model: nn.Module, path: str, features: Tensor) -> Tensor:
 
 
 def _name(path: str) -> str:
-    """A path as the name of one module."""
+    """Return a path as the name of one module."""
     return path.replace(".", "__")
 
 

@@ -69,7 +69,7 @@ class CapturedNet(nn.Module):
         self.run(graph)
 
     def _get_name(self) -> str:
-        """What tables and `repr` call it."""
+        """Return what tables and `repr` call it."""
         return f"{self.name} as a graph"
 
     def run(self, graph: fx.Graph, meta: dict[str, Any] | None = None) -> None:
@@ -140,7 +140,7 @@ class CapturedNet(nn.Module):
 
 
 def capture(model: nn.Module, input_shape: Sequence[int]) -> CapturedNet:
-    """The graph of `model` for batches of any size from 1 to MAX_BATCH; the modules and tensors of `model` itself.
+    """Return the graph of `model` for batches of 1 to MAX_BATCH; it holds the modules and tensors of `model` itself.
 
     Raises:
         ConfigError: the network cannot be captured.
@@ -226,7 +226,7 @@ def norm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
 
 
 def scale_weight(weight: Tensor, scale_C: Tensor) -> Tensor:
-    """A kernel (C, ...) whose output channels are multiplied by `scale_C`."""
+    """Return a kernel (C, ...) whose output channels are multiplied by `scale_C`."""
     return weight * scale_C.view(-1, *[1] * (weight.ndim - 1))
 
 
@@ -238,7 +238,7 @@ def unscale_output(output_BC: Tensor, scale_C: Tensor, bias_C: Tensor | None) ->
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that compute with this one; outputs that are only watched do not count."""
+    """Return the nodes that compute with this one; outputs that are only watched do not count."""
     return [user for user in node.users if user.op != "output"]
 
 
@@ -255,17 +255,17 @@ def _constant(net: CapturedNet, name: str, value: Tensor) -> fx.Node:
 
 
 def _tensor(net: CapturedNet, node: Any) -> Any:
-    """The parameter or buffer that a node of the graph stands for; None for None."""
+    """Return the parameter or buffer that a node of the graph stands for; None for None."""
     return None if node is None else attrgetter(node.target)(net)
 
 
 def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """The node, its first input, the first input of that, and so on."""
+    """Yield the node, its first input, the first input of that, and so on."""
     while node.op.startswith("call"):
         yield node
         node = node.args[0]  # type: ignore[assignment]
 
 
 def _quantized(node: fx.Node) -> fx.Node:
-    """The fake-quantized value of a node where there is one."""
+    """Return the fake-quantized value of a node where there is one."""
     return next((user for user in readers(node) if user.op == "call_module"), node)

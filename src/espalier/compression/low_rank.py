@@ -68,7 +68,7 @@ class LowRank(Compression):
         return model, {"ranks": ranks}
 
     def _ranks(self, model: nn.Module) -> dict[str, int]:
-        """The rank of each layer that is to be factorised."""
+        """Return the rank of each layer that is to be factorised."""
         layers = factorisable(model, self.skip)
         spectra = {path: torch.linalg.svdvals(matrix(layer.weight.detach().double())) for path, layer in layers.items()}
 
@@ -100,7 +100,7 @@ class LowRank(Compression):
 
 
 def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network with its factorised layers; their weights are to be loaded."""
+    """Return the network with its factorised layers; their weights are to be loaded."""
     for path, rank in entry["ranks"].items():
         layer = model.get_submodule(path)
         if not isinstance(layer, Layer):
@@ -110,7 +110,7 @@ def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
 
 
 def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network itself: its layers are deployed as they are."""
+    """Return the network itself: its layers are deployed as they are."""
     return model
 
 
@@ -133,7 +133,7 @@ def matrix(weight: Tensor) -> Tensor:
 
 
 def rank_of(spectrum: Tensor, energy: float) -> int:
-    """The fewest singular values whose squares make up the share `energy` of all; at least 1."""
+    """Return the fewest singular values whose squares make up the share `energy` of all; at least 1."""
     shares = spectrum.square().cumsum(0)
     return min(len(shares), 1 + int((shares < energy * shares[-1]).sum()))
 
@@ -190,7 +190,7 @@ def is_cheaper(layer: Layer, rank: int) -> bool:
 
 
 def _axis(layer: nn.Conv2d, axis: int) -> dict[str, Any]:
-    """What a convolution does along one axis, as arguments for one that does nothing along the other."""
+    """Return what a convolution does along one axis, as arguments for one that does nothing along the other."""
     values: dict[str, Any] = {}
     for name, idle in {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
         value = getattr(layer, name)

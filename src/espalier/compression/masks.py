@@ -73,7 +73,7 @@ def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
 
 
 def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network with its zeros, without masks."""
+    """Return the network with its zeros, without masks."""
     fold(model)
     return model
 
@@ -85,7 +85,7 @@ def sparsity(tensors: Iterable[Tensor]) -> float:
 
 
 def magnitude(weight: Tensor, mask: Tensor) -> Tensor:
-    """What a weight is ranked by: its absolute value; below one that happens to be zero where it is masked."""
+    """Return what a weight is ranked by: its absolute value; below one that happens to be zero where it is masked."""
     return weight.detach().abs().clamp(min=torch.finfo(weight.dtype).tiny) * mask
 
 
@@ -140,7 +140,7 @@ def require_whole_run(trainer: L.Trainer, method: str) -> None:
 
 
 def step_at(share: float, trainer: L.Trainer) -> int:
-    """The step at this share of the run; never later than the last one, so that something is trained from there on."""
+    """Return the step at this share of the run; the last one at most, so that something is trained from there on."""
     total_steps = int(trainer.estimated_stepping_batches)
     return min(round(share * total_steps), total_steps - 1)
 
@@ -159,5 +159,5 @@ def forget_best(trainer: L.Trainer) -> None:
 
 
 def latest(ledger: Sequence[Mapping[str, Any]], method: str) -> Mapping[str, Any]:
-    """The last entry of this method."""
+    """Return the last entry of this method."""
     return next(entry for entry in reversed(ledger) if entry["method"] == method)

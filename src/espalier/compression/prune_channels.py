@@ -137,7 +137,7 @@ class PruneChannels(Compression):
         return needed_activations(model, paths, batch.x[:1])
 
     def _ranked(self, model: nn.Module) -> tuple[list[Group], list[Tensor]]:
-        """Groups whose channels the criterion can compare, with the score of each unit of channels."""
+        """Return groups whose channels the criterion can compare, with the score of each unit of channels."""
         groups = coupled(model, self.spec.shape, self.skip)
         if self.criterion == "bn_scale":
             groups = [group for group in groups if any(part.role == "scales" for part in group.parts)]
@@ -154,7 +154,7 @@ class PruneChannels(Compression):
         return least(groups, scores, ratio, self.round_to, self.is_global)
 
     def _ratio_within(self, limit: float, model: nn.Module, groups: Sequence[Group], scores: Sequence[Tensor]) -> float:
-        """The smallest ratio at which the network costs at most `limit`."""
+        """Return the smallest ratio at which the network costs at most `limit`."""
 
         def cost(step: int) -> float:
             return self._cost(cut(copy.deepcopy(model), groups, self._least(groups, scores, step / GRID)))
@@ -175,12 +175,12 @@ class PruneChannels(Compression):
 
 
 def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network with the branches and sizes that were left."""
+    """Return the network with the branches and sizes that were left."""
     return reshape(drop(model, entry["dropped"]), entry["sizes"])
 
 
 def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network itself: it is smaller already."""
+    """Return the network itself: it is smaller already."""
     return model
 
 
@@ -208,7 +208,7 @@ def taylor_scores(model: nn.Module, groups: Sequence[Group], batch: Batch, loss:
 
 
 def channel_sums(group: Group, tensors: Mapping[str, Tensor], roles: Sequence[Role]) -> Tensor:
-    """The sum over what each channel has in those tensors that have one of the `roles`; shape (num_channels,)."""
+    """Return the sum of what each channel has in tensors that have one of the `roles`; shape (num_channels,)."""
     sums = torch.zeros(group.num_channels)
     for part in group.parts:
         for name, axis in part.tensors.items() if part.role in roles else ():
@@ -227,7 +227,7 @@ def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def least(
     groups: Sequence[Group], scores: Sequence[Tensor], ratio: float, round_to: int, is_global: bool
 ) -> list[Tensor]:
-    """The channels of each group that go; `scores` has one for each unit, the channels at one place of all blocks."""
+    """Return the channels of each group that go; `scores` has one for each unit: the channels at one place."""
     shares = global_shares(scores, ratio) if is_global and scores else [ratio] * len(scores)
     gone = []
     for group, score, share in zip(groups, scores, shares, strict=True):
@@ -245,7 +245,7 @@ def lowest(scores: Tensor, share: float, step: int) -> Tensor:
 
 
 def global_shares(scores: Sequence[Tensor], ratio: float) -> list[float]:
-    """The share of each group among the lowest `ratio` of all scores, once each is divided by its group's mean."""
+    """Return each group's share of the lowest `ratio` of all scores, once each is divided by its group's mean."""
     flat = torch.cat([score / score.mean().clamp(min=torch.finfo(score.dtype).tiny) for score in scores])
     is_low = torch.zeros(len(flat))
     is_low[flat.argsort(stable=True)[: round(ratio * len(flat))]] = 1

@@ -130,7 +130,7 @@ class PruneMagnitude(masks.KeepMasks, Compression):
                 self._warn_of_empty_layers()
 
     def keeps(self, sparsity: float) -> list[Tensor]:
-        """The masks that give the present weights this sparsity."""
+        """Return the masks that give the present weights this sparsity."""
         ranked = [masks.magnitude(weight, mask) for weight, mask in self.pairs.values()]
         if self.scope == "global":
             return keep_masks(ranked, sparsity)

@@ -66,6 +66,6 @@ class PTQ(Compression):
 
 
 def linear_share(model: nn.Module, skip: Sequence[str]) -> float:
-    """What linear layers hold of the parameters of all layers and convolutions outside the modules in `skip`."""
+    """Return what linear layers hold of the parameters of all layers and convolutions outside the modules in `skip`."""
     sizes = {layer: count_params(layer) for _, layer in layers(model, skip)}
     return sum(size for layer, size in sizes.items() if isinstance(layer, nn.Linear)) / sum(sizes.values())

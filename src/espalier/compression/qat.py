@@ -120,7 +120,7 @@ def layers(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Modu
 
 
 def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network that rounds; a `CapturedNet` where ranges are fixed beforehand."""
+    """Return the network that rounds; a `CapturedNet` where ranges are fixed beforehand."""
     if entry["mode"] == "static":
         return prepare(capture(model, entry["input_shape"]), make_quantizer(entry["target"], entry["skip"]))
     for _, layer in layers(model, entry["skip"]):
@@ -140,7 +140,7 @@ def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
 
 
 def conversion(entry: Mapping[str, Any]) -> Conversion | None:
-    """What ONNX Runtime's own tool does to the float graph of a network whose ranges are found at run time."""
+    """Return what ONNX Runtime's own tool does to the float graph of a network whose ranges are found at run time."""
     return Conversion("dynamic", BITS, skip=tuple(entry["skip"])) if entry["mode"] == "dynamic" else None
 
 

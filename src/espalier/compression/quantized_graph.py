@@ -32,7 +32,7 @@ CALIBRATION_BATCH = 64
 
 
 def prepare(net: CapturedNet, quantizer: Quantizer) -> CapturedNet:
-    """The same network, in place, with its values rounded to grids whose ranges it observes; none is known yet."""
+    """Round the values of a network, in place, to grids whose ranges it observes; none is known yet."""
     code = quantizer.transform_for_annotation(net.code)
     quantizer.annotate(code)
     quantizer.validate(code)
@@ -96,7 +96,7 @@ def calibrate(net: CapturedNet, x: Tensor) -> None:
 
 
 def convert(net: CapturedNet) -> CapturedNet:
-    """A network that computes with the integers which the prepared one has learnt, batch norm folded; a new one."""
+    """Return a new network that computes with the integers that the prepared one has learnt, batch norm folded."""
     net = copy.deepcopy(net)
     net.watch(())
     net.eval().switch()
@@ -118,7 +118,7 @@ def _grids(net: CapturedNet) -> list[FakeQuantize]:
 
 
 def _set_channels(grid: FakeQuantize, num_channels: int) -> None:
-    """The shapes that the buffers have after the first forward, so that a state dict fits before it."""
+    """Give the buffers the shapes of after the first forward, so that a state dict fits before it."""
     grid.scale.resize_(num_channels).fill_(1)
     grid.zero_point.resize_(num_channels).fill_(0)
     grid.activation_post_process.min_val.resize_(num_channels).fill_(torch.inf)

@@ -151,7 +151,7 @@ class OnnxRuntimeQuantizer(Quantizer):
 
 
 def make_quantizer(target: Target, skip: Sequence[str]) -> Quantizer:
-    """The quantizer that fits the kernels of a runtime."""
+    """Return the quantizer that fits the kernels of a runtime."""
     if target == "onnxruntime":
         return OnnxRuntimeQuantizer(skip)
     if target == "inductor":
@@ -180,7 +180,7 @@ def _annotate(node: fx.Node, inputs: Sequence[fx.Node], output: fx.Node | None, 
 
 
 def _bias(layer: fx.Node) -> DerivedQuantizationSpec:
-    """The grid of the sums of products. The runtime finds it itself, but not for a layer whose output stays float."""
+    """Return the grid of the sums of products, which the runtime does not find for a layer whose output stays float."""
     source: Any = layer.args[0]
     reader = layer
     while source.target in DROPOUTS:
@@ -202,7 +202,7 @@ def _bias(layer: fx.Node) -> DerivedQuantizationSpec:
 
 
 def _last(node: fx.Node, *kinds: Set[Any]) -> fx.Node:
-    """The end of the chain of operators, one of each kind at most, that the runtime fuses into `node`."""
+    """Return the end of the chain of operators, one of each kind at most, that the runtime fuses into `node`."""
     for targets in kinds:
         users = readers(node)
         if len(users) == 1 and users[0].target in targets:

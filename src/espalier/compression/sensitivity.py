@@ -70,13 +70,13 @@ def quantized(layer: nn.Module) -> Iterator[None]:
 
 
 def round_weight(weight: Tensor) -> Tensor:
-    """The nearest of the 255 values between minus and plus the largest magnitude of an output channel (dimension 0)."""
+    """Round to the nearest of 255 values between minus and plus an output channel's largest (dimension 0)."""
     scale = (weight.abs().flatten(1).amax(1) / 127).clamp(min=EPS).view(-1, *[1] * (weight.ndim - 1))
     return (weight / scale).round() * scale
 
 
 def _round_input(x: Tensor) -> Tensor:
-    """The nearest of 256 values between the smallest and the largest, zero among them."""
+    """Return the nearest of 256 values between the smallest and the largest, zero among them."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = ((high - low) / 255).clamp(min=EPS)
     zero = (-low / scale).round()

@@ -43,7 +43,7 @@ def encode(weight_NK: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes_NJB: Tensor, scale_NJ: Tensor, bits: int, num_inputs: int) -> Tensor:
-    """The weights (N, K) that `encode` chose."""
+    """Return the weights (N, K) that `encode` chose."""
     steps_NJB = codes_NJB.to(scale_NJ.dtype) - 2 ** (bits - 1)
     return (steps_NJB * scale_NJ[:, :, None]).flatten(1)[:, :num_inputs]
 
@@ -89,15 +89,15 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]
 
 
 def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The same structure; the rounded weights come with the checkpoint."""
+    """Return the same structure; the rounded weights come with the checkpoint."""
     return model
 
 
 def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The network with its rounded weights, in float: the exporter packs them."""
+    """Return the network with its rounded weights, in float: the exporter packs them."""
     return model
 
 
 def conversion(entry: Mapping[str, Any]) -> Conversion:
-    """What is left for the exporter."""
+    """Return what is left for the exporter."""
     return Conversion("weight_only", entry["bits"], entry["block"], tuple(entry["skip"]))

@@ -107,7 +107,7 @@ def _without_target(plain: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def _wrong_values(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """What no checkpoint could hold and no part could use, wherever it stands; each with its line."""
+    """Yield what no checkpoint could hold and no part could use, wherever it stands; each with its line."""
     if isinstance(node, dict):
         for key, child in node.items():
             if not isinstance(key, str):
@@ -147,7 +147,7 @@ def _problems(node: Any, where: str) -> Iterator[str]:
 
 
 def _unfit(target: Any) -> str | None:
-    """What to use in place of a callback of Lightning, or of one that builds on it."""
+    """Return what to use in place of a callback of Lightning, or of one that builds on it."""
     bases = [base for base in getattr(target, "__mro__", ()) if base.__module__.startswith("lightning.")]
     return next((UNFIT[base.__name__] for base in bases if base.__name__ in UNFIT), None)
 
@@ -208,7 +208,7 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
 
 
 def locate(target: str) -> Any:
-    """The object that a dotted name stands for.
+    """Return the object that a dotted name stands for.
 
     Raises:
         ConfigError: nothing has that name; the message offers the nearest one that exists.

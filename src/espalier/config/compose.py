@@ -51,7 +51,7 @@ OmegaConf.register_new_resolver("short_id", lambda: secrets.token_hex(3), use_ca
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration that these command-line words describe.
+    """Return the configuration that these command-line words describe.
 
     Raises:
         ConfigError: one line per override that does not fit.
@@ -137,7 +137,7 @@ def _option_of(group: str, good: Sequence[str]) -> str:
 
 
 def _first_sentence(error: BaseException) -> str:
-    """The innermost reason: Hydra wraps what OmegaConf has to say."""
+    """Return the innermost reason: Hydra wraps what OmegaConf has to say."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).splitlines()[0]

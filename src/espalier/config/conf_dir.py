@@ -30,7 +30,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def summary(group: str, option: str) -> str:
-    """The first comment of an option's file, which says in one line what the option is."""
+    """Return the first comment of an option's file, which says in one line what the option is."""
     for line in (CONF / group / f"{option}.yaml").read_text().splitlines():
         if line.startswith("#") and not line.startswith("# @package"):
             return line.removeprefix("#").strip()
@@ -44,13 +44,13 @@ def package(group: str, option: str) -> str:
 
 
 def knobs(group: str, option: str) -> list[str]:
-    """The lines of an option's file that a user can override, comments included."""
+    """Return the lines of an option's file that a user can override, comments included."""
     lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
     return [line for line in lines if line.strip() and not line.startswith(("#", "_target_", "_partial_"))]
 
 
 def defaults() -> dict[str, str]:
-    """The option that each group starts with, as `config.yaml` lists them."""
+    """Return the option that each group starts with, as `config.yaml` lists them."""
     chosen: dict[str, str] = {}
     for line in (CONF / "config.yaml").read_text().splitlines():
         entry, _, _ = line.strip().removeprefix("- ").partition(" #")

@@ -59,7 +59,7 @@ def advice(key: str, names: Sequence[str]) -> str:
 
 
 def names_in(parent: str) -> str:
-    """What an option of a list has, which is not chosen: `compression.qat`."""
+    """Return what an option of a list has, which is not chosen: `compression.qat`."""
     group, _, option = parent.rpartition(".")
     group = group.replace(".", "/")
     own = _own_keys(group, option) if option in groups().get(group, []) else set()

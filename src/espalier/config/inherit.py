@@ -55,7 +55,7 @@ def from_source(
 
 
 def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
-    """The stored config of a run that goes on; of the command line only the trainer and stored secrets may differ.
+    """Return the stored config of a run that goes on; only the trainer and stored secrets may differ from it.
 
     Raises:
         ConfigError: another word asks for something that the run was not configured with.
@@ -104,7 +104,7 @@ def _differs(cfg: DictConfig, stored: Mapping[str, Any], word: Override, group: 
 
 
 def changes(stored: Mapping[str, Any], cfg: DictConfig, but: Sequence[str] = ()) -> list[str]:
-    """What a run that goes on does otherwise than before, such as `trainer.precision 32-true -> bf16-mixed`."""
+    """Return what a run that goes on does otherwise than before, such as `trainer.precision 32-true -> bf16-mixed`."""
     before, now = stored["trainer"], _plain(cfg.trainer)
     names = [name for name in {**before, **now} if name not in (*WITHOUT_EFFECT, *but)]
     return [

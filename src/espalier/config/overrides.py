@@ -132,7 +132,7 @@ def trials(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _choices(word: Override, searches: bool) -> list[str]:
-    """The values of a swept word; of an interval its ends, where a sweeper that searches will choose between them."""
+    """Return the values of a swept word; of an interval its ends, where a sweeper will choose between them."""
     value = word.value()
     if isinstance(value, IntervalSweep):
         if searches:

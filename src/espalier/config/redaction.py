@@ -71,7 +71,7 @@ _format_warning = warnings.formatwarning
 
 
 def scrub(text: str) -> str:
-    """The text with every secret replaced by `***`."""
+    """Return the text with every secret replaced by `***`."""
     for value in _in_environment():
         text = text.replace(value, HIDDEN)
     for form, safe in FORMS:
@@ -80,7 +80,7 @@ def scrub(text: str) -> str:
 
 
 def scrub_words(words: Sequence[str]) -> list[str]:
-    """A command line with every secret hidden, the word after a flag such as `--password` too."""
+    """Return a command line with every secret hidden, the word after a flag such as `--password` too."""
     before = ["", *words]
     return [
         HIDDEN if FLAG.match(flag) and not word.startswith("-") else scrub(word)
@@ -89,7 +89,7 @@ def scrub_words(words: Sequence[str]) -> list[str]:
 
 
 def scrub_tree(tree: Any, key: str = "") -> Any:
-    """A configuration of plain types with every secret hidden; `key` is the name that it stands under."""
+    """Return a configuration of plain types with every secret hidden; `key` is the name that it stands under."""
     if isinstance(tree, Mapping):
         return {name: scrub_tree(value, str(name)) for name, value in tree.items()}
     if isinstance(tree, list):
@@ -149,7 +149,7 @@ def _in_environment() -> list[str]:
 
 
 def _is_harmless(name: str, value: str) -> bool:
-    """A path that exists (`PWD`, or where a key lies), or a word that says how, such as `AUTH_METHOD=kerberos`.
+    """Return a path that exists (`PWD`, or where a key lies), or a word that says how, such as `AUTH_METHOD=kerberos`.
 
     To hide a word that our own options are written in would spoil every configuration.
     """

@@ -28,7 +28,7 @@ class Augmentation(ABC):
 
     @abstractmethod
     def __call__(self, x_BCHW: Tensor, y: Tensor, u_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Changed images and targets; `u_BN` is uniform in [0, 1), float32, shape (B, num_draws)."""
+        """Return changed images and targets; `u_BN` is uniform in [0, 1), float32, shape (B, num_draws)."""
 
 
 def pick(u_B: Tensor, num: int) -> Tensor:
@@ -58,7 +58,7 @@ def cutout(x_BCHW: Tensor, top_B: Tensor, left_B: Tensor, height: int, width: in
 
 
 def box(x_BCHW: Tensor, top_B: Tensor, bottom_B: Tensor, left_B: Tensor, right_B: Tensor) -> Tensor:
-    """True inside the box, shape (B, H, W); `bottom_B` and `right_B` are exclusive."""
+    """Return True inside the box, shape (B, H, W); `bottom_B` and `right_B` are exclusive."""
     row_H = torch.arange(x_BCHW.shape[2], device=x_BCHW.device)
     column_W = torch.arange(x_BCHW.shape[3], device=x_BCHW.device)
     in_row_BH = (row_H >= top_B[:, None]) & (row_H < bottom_B[:, None])
@@ -83,7 +83,7 @@ def warp(x_BCHW: Tensor, matrix_B22: Tensor, shift_B2: Tensor) -> Tensor:
 
 
 def matrix(a_B: Tensor, b_B: Tensor, c_B: Tensor, d_B: Tensor) -> Tensor:
-    """[[a, b], [c, d]] for each sample, shape (B, 2, 2)."""
+    """Return [[a, b], [c, d]] for each sample, shape (B, 2, 2)."""
     return torch.stack([a_B, b_B, c_B, d_B], dim=1).view(-1, 2, 2)
 
 

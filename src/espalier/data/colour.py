@@ -35,7 +35,7 @@ def luma(x_BCHW: Tensor) -> Tensor:
 
 
 def blend(base_BCHW: Tensor, x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """`base` at factor 0, `x` at 1, beyond it above 1; clipped to [0, 1]."""
+    """Return `base` at factor 0, `x` at 1, what lies beyond it above 1; clipped to [0, 1]."""
     return (base_BCHW + factor_B[:, None, None, None] * (x_BCHW - base_BCHW)).clamp_(0, 1)
 
 
@@ -108,7 +108,7 @@ def equalize(x_BCHW: Tensor) -> Tensor:
 
 
 def to_levels(x_BCHW: Tensor) -> Tensor:
-    """The 8-bit value of each pixel, still float."""
+    """Return the 8-bit value of each pixel, still float."""
     return (x_BCHW * (LEVELS - 1)).round()
 
 

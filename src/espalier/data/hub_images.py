@@ -140,7 +140,7 @@ class HubImages(DataModule):
         return found.parts, found.remarks()
 
     def _divide(self, official: Mapping[str, Part], bad: list[str]) -> dict[str, Labelled]:
-        """The official splits under our names; what is missing is carved out of training."""
+        """Return the official splits under our names; what is missing is carved out of training."""
         train = self._chosen(official, self.train_split, "data.train_split", bad)
         test_name = self.test_split or ("test" if "test" in official else None)
         val_name = self.val_split or ("validation" if "validation" in official else None)
@@ -155,7 +155,7 @@ class HubImages(DataModule):
         return {"train": train, "val": parts["val"], "test": parts["test"]}
 
     def _chosen(self, official: Mapping[str, Part], name: str, key: str, bad: list[str]) -> Labelled:
-        """A split without the rows whose label is none, which join `bad`."""
+        """Return a split without the rows whose label is none, which join `bad`."""
         known = WORDS.get(name.casefold(), name)  # a folder may be called Valid
         part = choose(official, name if name in official else known if known in official else name, key)
         if isinstance(part, Table):
@@ -178,7 +178,7 @@ class HubImages(DataModule):
         return Labelled(part, places, labels)
 
     def _carved(self, train: Labelled, split: str, share: float) -> tuple[Labelled, Labelled]:
-        """A stratified part of training, and the rest."""
+        """Return a stratified part of training, and the rest."""
         _, label_N = np.unique(train.labels, return_inverse=True)
         try:
             carved, rest = stratified(torch.from_numpy(label_N), [share])
@@ -187,7 +187,7 @@ class HubImages(DataModule):
         return train.some(carved.tolist()), train.some(rest.tolist())
 
     def _classes(self, train: Labelled) -> tuple[tuple[str, ...], list[Any]]:
-        """The names of the classes in the order of the model's outputs, and the labels that stand for them.
+        """Return the names of the classes in the order of the model's outputs, and the labels that stand for them.
 
         Declared classes if the data set declares them, else the distinct labels of training, sorted.
         """
@@ -273,7 +273,7 @@ class HubImages(DataModule):
 
 
 def _label(value: Any) -> tuple[Any, str | None]:
-    """A label as a class, or what is wrong with it."""
+    """Return a label as a class, or what is wrong with it."""
     if value is None or value != value:  # NaN is not
         return None, "no label"
     if isinstance(value, float):

@@ -70,7 +70,7 @@ class ImageReader:
         return Samples(x, self.label_N[indices])
 
     def all(self) -> tuple[Samples, list[Bad]]:
-        """The whole split, and which of its pictures are left black because they cannot be decoded."""
+        """Return the whole split, and which of its pictures are left black because they cannot be decoded."""
         x = torch.zeros(len(self), *self.shape, dtype=torch.uint8)
         pixels = x.numpy()
 
@@ -86,7 +86,7 @@ class ImageReader:
         return self._tried(lambda index, file: self._glance(file)) if _are_paths(self.files) else []
 
     def without(self, bad: Sequence[Bad]) -> "ImageReader":
-        """The rest of the split."""
+        """Return the rest of the split."""
         kept = _rest(len(self), bad)
         rest = ImageReader(self.files, self.label_N[kept], self.shape, self.background, self.source)
         rest.places = [self.places[index] for index in kept]
@@ -130,7 +130,7 @@ class ImageReader:
 
 
 def without(samples: Samples, bad: Sequence[Bad]) -> Samples:
-    """The samples that are not bad."""
+    """Return the samples that are not bad."""
     if not bad:
         return samples
     kept = _rest(len(samples), bad)

@@ -223,5 +223,5 @@ class _Indexed(torch.utils.data.Dataset[Any]):
 
 
 def _unchanged(batch: Any) -> Any:
-    """A batch comes out of `__getitems__` whole; there is nothing to collate."""
+    """Return a batch comes out of `__getitems__` whole; there is nothing to collate."""
     return batch

@@ -68,7 +68,7 @@ class DataModule(L.LightningDataModule):
         return splits
 
     def constant(self, train: Samples) -> list[str]:
-        """A remark if nothing can be learnt from some channels or features, or from any sample."""
+        """Return a remark if nothing can be learnt from some channels or features, or from any sample."""
         x, y = train.x, train.y
         if len(x) > 1 and torch.equal(x, x[:1].expand_as(x)):
             return [f"all {len(x)} training samples are the same, so nothing can be learnt from them"]
@@ -120,7 +120,7 @@ class DataModule(L.LightningDataModule):
         self.splits = replace(self.splits, spec=spec)
 
     def raw(self, split: Split, index_B: Tensor) -> Samples:
-        """Samples of a split as they were read, by their positions."""
+        """Return samples of a split as they were read, by their positions."""
         return pick(getattr(self.splits, split), index_B)
 
     def samples(self, num: int) -> Batch:
@@ -131,7 +131,7 @@ class DataModule(L.LightningDataModule):
         return Batch(Normalise(self.spec, torch.device("cpu"))(raw.x), raw.y, index_B)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training split.
+        """Return the position in the training split.
 
         Lightning keeps the states of loaders as well, but has no chance to restore them once a learner has asked for
         the number of training steps: that builds the loaders before the checkpoint reaches them.
@@ -176,5 +176,5 @@ def pick(data: Samples | Reader, index_B: Tensor) -> Samples:
 
 
 def class_counts(label_N: Tensor, num_classes: int) -> tuple[int, ...]:
-    """Samples of each class."""
+    """Return samples of each class."""
     return tuple(label_N.bincount(minlength=num_classes).tolist())

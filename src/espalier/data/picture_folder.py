@@ -41,11 +41,11 @@ class Part:
         return len(self.paths)
 
     def labels(self) -> list[str]:
-        """The class of each picture."""
+        """Return the class of each picture."""
         return self.class_of
 
     def pictures(self, places: Sequence[int]) -> "Files":
-        """These files, in this order."""
+        """Return these files, in this order."""
         return Files(self.root, [self.paths[place] for place in places])
 
 
@@ -85,7 +85,7 @@ class PictureFolder:
 
 
 def find(root: str) -> PictureFolder | None:
-    """What lies in a folder; None if it holds no picture, or tables that say more about pictures than folders do.
+    """Return what lies in a folder; None if it holds no picture, or tables that say more of pictures than folders do.
 
     Raises:
         ConfigError: there are pictures but no two classes, or it cannot be told what is a split.
@@ -121,12 +121,12 @@ def find(root: str) -> PictureFolder | None:
 
 
 def shown(name: str) -> str:
-    """A path as a line can hold it: no control characters, no halves of letters."""
+    """Return a path as a line can hold it: no control characters, no halves of letters."""
     return CONTROL.sub("?", os.fsencode(name).decode("utf-8", "replace")).replace("\n", "?")
 
 
 def some(names: Sequence[str], most: int = NUM_NAMED) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = [f"and {len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more])
 
@@ -214,7 +214,7 @@ def _require_text(root: str, entry: os.DirEntry[str]) -> None:
 
 
 def _unwrapped(folder: _Folder) -> _Folder:
-    """The folder itself, or what an archive has packed into one folder more."""
+    """Return the folder itself, or what an archive has packed into one folder more."""
     while not folder.files and len(folder.folders) == 1:
         [(name, inner)] = folder.folders.items()
         if inner.files or not inner.folders or name.casefold() in WORDS:
@@ -224,7 +224,7 @@ def _unwrapped(folder: _Folder) -> _Folder:
 
 
 def _splits(root: str, top: _Folder) -> dict[str, _Folder]:
-    """The folders that are splits, by the name of the split, and others of the same classes by their own; else none.
+    """Return the folders that are splits, by the split's name, and others of the same classes by their own; else none.
 
     Raises:
         ConfigError: folders are called as splits are but hold no classes.
@@ -265,7 +265,7 @@ def _splits(root: str, top: _Folder) -> dict[str, _Folder]:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a folder is called after, whole or as one of the words in its name."""
+    """Return the split that a folder is called after, whole or as one of the words in its name."""
     whole = name.casefold()
     words = [whole, *re.split(r"[-._ 0-9]+", whole)]
     return next((WORDS[word] for word in words if word in WORDS), None)

@@ -26,7 +26,7 @@ class Table:
         return len(self.rows)
 
     def labels(self) -> list[Any]:
-        """The label column, without touching an image."""
+        """Return the label column, without touching an image."""
         return list(self.rows.with_format(None).select_columns([self.label_column])[:][self.label_column])
 
     @property
@@ -43,7 +43,7 @@ class Table:
                 raise ConfigError(f"{key}={column}: no such column{near}; there are {', '.join(columns)}")
 
     def pictures(self, places: Sequence[int]) -> "Files":
-        """The image column alone, of these rows; plain bytes are taken for image files."""
+        """Return the image column alone, of these rows; plain bytes are taken for image files."""
         kind = require("datasets", "hub").Image
         alone = self.rows.select_columns([self.image_column])
         try:
@@ -67,7 +67,7 @@ class Files:
         return len(self.places)
 
     def __getitem__(self, indices: Sequence[int]) -> list[File | None]:
-        """The content, or the path where the table holds no more; None where it holds neither."""
+        """Return the content, or the path where the table holds no more; None where it holds neither."""
         cells = self.rows[[self.places[index] for index in indices]][self.column] if len(indices) else []
         return [_content(cell) for cell in cells]
 
@@ -111,7 +111,7 @@ def open_table(path: str, subset: str | None, image_column: str, label_column: s
 
 
 def choose(official: Mapping[str, Any], name: str, key: str) -> Any:
-    """The split of that name; raise `ConfigError` with those that there are."""
+    """Return the split of that name; raise `ConfigError` with those that there are."""
     if name not in official:
         raise ConfigError(f"{key}={name}: no such split{_nearest(name, official)}; there are {', '.join(official)}")
     return official[name]

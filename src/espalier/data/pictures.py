@@ -200,7 +200,7 @@ def _explained(file: File, error: Exception, formats: Sequence[str], max_pixels:
 
 
 def _ends(file: File) -> tuple[bytes, bytes, int]:
-    """The first and the last bytes, and how many there are."""
+    """Return the first and the last bytes, and how many there are."""
     if isinstance(file, bytes):
         return file[:16], file[-64:], len(file)
     with Path(file).open("rb") as opened:

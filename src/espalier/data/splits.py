@@ -17,7 +17,7 @@ MIN_STD = 1e-8  # a constant channel or feature is only centred, not divided by 
 
 
 def stratified(label_N: Tensor, shares: Sequence[float]) -> list[Tensor]:
-    """Indices of one part for each share and, last, of the rest: disjoint, sorted, each class cut in the same shares.
+    """Return indices of a part for each share, then of the rest: disjoint, sorted, each class cut in the same shares.
 
     Give all samples one label to split without strata.
 
@@ -64,7 +64,7 @@ def require_finite(values: Tensor, what: str) -> None:
 
 
 def constant(x: Tensor) -> list[int]:
-    """The channels or features (dimension 1) that are the same in all samples, for 8-bit values within one step."""
+    """Return channels or features (dimension 1) that are the same in all samples, for 8-bit values within one step."""
     column = x.movedim(1, 0).flatten(1)
     low, high = column.aminmax(dim=1)
     if x.dtype == torch.uint8:

@@ -27,7 +27,7 @@ class Normalise:
         return self.of_scaled(raw.float() / self.scale)
 
     def of_scaled(self, scaled: Tensor) -> Tensor:
-        """The last step alone, for values that are divided by `scale` already."""
+        """Return the last step alone, for values that are divided by `scale` already."""
         return (scaled - self.mean) / self.std
 
 

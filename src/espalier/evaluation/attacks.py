@@ -25,7 +25,7 @@ Range = tuple[float, float]  # what a value may be
 
 
 def epsilon(largest: float, severity: int) -> float:
-    """The change that an attack may make at a severity from 1 to 5."""
+    """Return the change that an attack may make at a severity from 1 to 5."""
     return largest * SHARES[severity - 1]
 
 

@@ -108,7 +108,7 @@ def contrast(x_BCHW: Tensor, factor: float) -> Tensor:
 
 
 def brightness(x_BCHW: Tensor, amount: float) -> Tensor:
-    """The value of HSV, which is the largest channel, plus `amount`; hue and saturation stay, white is the limit."""
+    """Add `amount` to the value of HSV, which is the largest channel; hue and saturation stay, white is the limit."""
     value_B1HW = x_BCHW.amax(dim=1, keepdim=True)
     brighter_B1HW = (value_B1HW + amount).clamp(0, 1)
     is_black = value_B1HW == 0  # it has no colour to keep, and becomes grey

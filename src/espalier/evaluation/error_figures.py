@@ -51,7 +51,7 @@ def reliability(found: Calibration, target: Path) -> None:
 def errors(
     x_BCHW: Tensor, true: Sequence[str], predicted: Sequence[str], confidence_B: Sequence[float], target: Path
 ) -> None:
-    """A grid of images in [0, 1], each with its true class, the predicted one and the probability of that."""
+    """Draw a grid of images in [0, 1], each with its true class, the predicted one and the probability of that."""
     columns = min(ERROR_COLUMNS, len(true))
     rows = math.ceil(len(true) / columns)
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.titlelocation": "center"}):
@@ -88,7 +88,7 @@ def residuals(predicted_N: Tensor, true_N: Tensor, target: Path) -> None:
 
 
 def robustness(clean: float, harmed: Mapping[str, Sequence[float]], metric: str, target: Path) -> None:
-    """A metric over severity, a line per way of harming the samples; severity 0 is none."""
+    """Draw a metric over severity, a line per way of harming the samples; severity 0 is none."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()

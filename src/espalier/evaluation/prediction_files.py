@@ -44,7 +44,7 @@ def write_classes(scores: Sequence[ClassScore], target: Path) -> None:
 
 
 def write_csv(target: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table of words and numbers."""
+    """Write a table of words and numbers."""
     with files.replaced(target) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -53,7 +53,7 @@ def write_csv(target: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]
 
 
 def write_parquet(target: Path, table: Mapping[str, NDArray[Any]]) -> None:
-    """A table in typed columns."""
+    """Write a table in typed columns."""
     import pyarrow as pa
     from pyarrow import parquet
 

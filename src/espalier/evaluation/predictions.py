@@ -62,7 +62,7 @@ class Predictions:
 
 
 def collect(predict: Callable[[Tensor], Tensor], spec: DataSpec, batches: Iterable[Batch]) -> Predictions:
-    """The answers to all samples; `predict` takes x (B, ...) on the CPU and returns the network's output there.
+    """Return the answers to all samples; `predict` takes x (B, ...) on the CPU and returns the network's output there.
 
     Raises:
         ConfigError: there is no sample.
@@ -83,7 +83,7 @@ def join(parts: Sequence[Predictions]) -> Predictions:
 
 
 def score(found: Predictions, learner: Learner) -> dict[str, Tensor]:
-    """The learner's test metrics of these answers, tables among them, in this process alone."""
+    """Return the learner's test metrics of these answers, tables among them, in this process alone."""
     metrics = learner.new_metrics("test")
     for metric in metrics.values():
         metric.distributed_available_fn = lambda: False  # no other rank has answers

@@ -86,7 +86,7 @@ def rows(curves: Curves, split: str, runtime: str) -> list[dict[str, Any]]:
 
 
 def summary(curves: Curves, metric: str, clean: float, mode: Literal["min", "max"]) -> str:
-    """What the rows show, and which harm does most."""
+    """Return what the rows show, and which harm does most."""
     weakest = (min if mode == "max" else max)(curves, key=lambda name: sum(curves[name]))
     return (
         f"under {', '.join(curves)} the table shows {metric}; weakest under {weakest}: "

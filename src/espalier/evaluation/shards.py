@@ -100,7 +100,7 @@ def _consecutive(
 
 @contextmanager
 def progress(num_rows: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere; the function that it gives is told how many rows are written."""
+    """Yield a bar on a terminal, nothing elsewhere; the function that it gives is told how many rows are written."""
     console = terminal.console()
     parts = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -58,7 +58,7 @@ def methods() -> list[str]:
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
-    """These methods, each once; of None those of the default.
+    """Return these methods, each once; of None those of the default.
 
     Raises:
         ConfigError: one is no method, or its package is not installed.
@@ -89,7 +89,7 @@ def is_default(name: str) -> bool:
 
 
 def prepare(name: str, model: nn.Module, x: Tensor, setting: Setting) -> Setting:
-    """The setting with what the method has to know of this network.
+    """Return the setting with what the method has to know of this network.
 
     Raises:
         ConfigError: the method does not fit it.
@@ -119,13 +119,13 @@ def fitting(
 
 
 def attribute(name: str, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """The map of one sample, float32 on the CPU."""
+    """Return the map of one sample, float32 on the CPU."""
     explain_one: Callable[[nn.Module, Tensor, int, Setting], Tensor] = _file_of(name).explain
     return explain_one(model, x, target, setting).detach().float().cpu()
 
 
 def reference(name: str, model: nn.Module, target: int, setting: Setting) -> float | None:
-    """The output that the sum of a map starts from; None for a method that promises no sum."""
+    """Return the output that the sum of a map starts from; None for a method that promises no sum."""
     of_method = getattr(_file_of(name), "reference", None)
     return None if of_method is None else float(of_method(model, target, setting))
 
@@ -142,7 +142,7 @@ def by_position(attribution: Tensor) -> Tensor:
 
 
 def default_patch(shape: Sequence[int]) -> int:
-    """An eighth of the longer side of an image, at least one pixel; 1 for a table."""
+    """Return an eighth of the longer side of an image, at least one pixel; 1 for a table."""
     return max(1, -(-max(shape[1:]) // PIECES_PER_SIDE)) if len(shape) == 3 else 1
 
 
@@ -162,7 +162,7 @@ def piece_width(spec: DataSpec, patch: int | None) -> int:
 
 
 def without_content(spec: DataSpec, baseline: Literal["mean", "zero"]) -> Tensor:
-    """A normalised sample: raw zeros, or the mean of the training samples, which is 0 by definition."""
+    """Return a normalised sample: raw zeros, or the mean of the training samples, which is 0 by definition."""
     mean = torch.zeros(spec.shape)
     return mean if baseline == "mean" else Normalise(spec, torch.device("cpu"))(mean)
 
@@ -177,7 +177,7 @@ def pieces(shape: Sequence[int], patch: int) -> Tensor:
 
 
 def spread(value_P: Tensor, piece: Tensor) -> Tensor:
-    """A map from one value per piece: each position gets an equal part, so that the total stays."""
+    """Return a map from one value per piece: each position gets an equal part, so that the total stays."""
     size_P = piece.flatten().bincount()
     return (value_P / size_P)[piece]
 

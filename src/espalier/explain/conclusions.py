@@ -11,7 +11,7 @@ MAX_INCOMPLETE = 0.01
 
 
 def untrustworthy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The methods that should not be trusted here, and what would help."""
+    """Return the methods that should not be trusted here, and what would help."""
     notes = []
     for row in rows:
         metrics = row["metrics"]
@@ -28,7 +28,7 @@ def untrustworthy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def caveats(spec: DataSpec, ledger: Iterable[Entry]) -> Iterator[str]:
-    """What was not explained as it is."""
+    """Yield what was not explained as it is."""
     if is_quantized(ledger):
         yield (
             "integers have no gradients: the network was explained as trained, with simulated integers, "

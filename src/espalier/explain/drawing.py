@@ -46,7 +46,7 @@ def _label(spec: DataSpec, shown: Shown, predicted: Tensor, place: int) -> str:
 
 
 def _file_name(name: str, number: int, spec: DataSpec) -> str:
-    """The class name where a file can have it, and its number where that would not be one of its own."""
+    """Return the class name where a file can have it, and its number where that would not be one of its own."""
     plain = [re.sub(r"[^\w.-]+", "_", each) for each in spec.class_names or (name,)]
     own = plain[number]
     return own if plain.count(own) == 1 else f"{number}_{own}"

@@ -36,7 +36,7 @@ def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tenso
 
 
 def prepare(model: nn.Module, x: Tensor, setting: Setting) -> Setting:
-    """The setting with a layer: the last whose maps have at least MIN_SIDE positions a side, or the finest there is.
+    """Return the setting with a layer: the last whose maps have MIN_SIDE positions a side or more, else the finest.
 
     Raises:
         ConfigError: no layer has maps, or the one that the user named does not.
@@ -66,7 +66,7 @@ def _after(shapes: Shapes, name: str) -> list[tuple[int, ...]]:
 
 
 def _some(maps: Shapes) -> str:
-    """The layers that are no parts of others in the list, from the last one on."""
+    """Return the layers that are no parts of others in the list, from the last one on."""
     outer = [name for name in maps if not any(name.startswith(f"{other}.") for other in maps)]
     return ", ".join(outer[-8:])
 
@@ -90,7 +90,7 @@ def _output_shapes(model: nn.Module, x: Tensor) -> Shapes:
 
 
 def _with_layer(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
-    """The network and the module whose output is looked at; a graph, which calls no modules, gets one in a copy."""
+    """Return the network and the module whose output is looked at; a graph, which calls none, gets one in a copy."""
     if not isinstance(model, CapturedNet):
         return model, model.get_submodule(name)
     twin, probe = copy.deepcopy(model), nn.Identity()
@@ -104,7 +104,7 @@ def _with_layer(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _last_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Module -> the node of its output, in the order in which modules finish, inner ones first."""
+    """Return module -> node of its output, in the order in which modules finish, inner ones first."""
     nodes: dict[str, fx.Node] = {}
     for node in graph.nodes:
         for name in reversed(list(module_names(node))) if node.op == "call_function" else ():

@@ -15,7 +15,7 @@ BY_DEFAULT = True
 
 
 def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """The map adds up to the output of x minus that of the baseline (completeness), as far as the steps suffice."""
+    """Return a map that adds up to the output of x minus the baseline's (completeness), as far as the steps suffice."""
     method = require("captum.attr", EXTRA).IntegratedGradients(model)
     attribution = method.attribute(
         x[None].clone().requires_grad_(),
@@ -29,5 +29,5 @@ def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tenso
 
 
 def reference(model: nn.Module, target: int, setting: Setting) -> Tensor:
-    """The output of the baseline."""
+    """Return the output of the baseline."""
     return scores(model, setting.baseline[None], target, setting.batch_size)

@@ -22,7 +22,7 @@ BY_DEFAULT = False
 
 
 def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """The contributions of the linear model; they need not add up to the output."""
+    """Return the contributions of the linear model; they need not add up to the output."""
     return (_of_image if x.ndim == 3 else _of_table)(model, x, target, setting)
 
 

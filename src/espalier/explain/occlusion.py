@@ -13,7 +13,7 @@ BY_DEFAULT = True
 
 
 def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """The mean fall over the windows that cover a position; windows overlap by half, and cover all channels."""
+    """Return the mean fall over the windows that cover a position; windows overlap by half, and cover all channels."""
     stride = max(1, setting.patch // 2)
     is_image = x.ndim == 3
     attribution = (

@@ -34,7 +34,7 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 
 @torch.no_grad()
 def randomised(model: nn.Module, seed: int) -> nn.Module:
-    """A copy that has learnt nothing: the entries of each parameter in random order.
+    """Return a copy that has learnt nothing: the entries of each parameter in random order.
 
     For the model parameter randomisation test of Adebayo et al. 2018, arXiv 1810.03292, section 3, all layers at once.
     Another order instead of new numbers keeps the scale of every layer, whatever its kind.

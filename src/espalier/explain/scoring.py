@@ -23,7 +23,7 @@ NUM_SANITY = 16  # samples whose maps are compared with those of a randomised ne
 
 
 def measure(name: str, model: nn.Module, shown: Shown, setting: Setting) -> tuple[Tensor, dict[str, Any]]:
-    """The maps of one method, (S, H, W) or (S, F), and its row of the report.
+    """Return the maps of one method, (S, H, W) or (S, F), and its row of the report.
 
     Seconds are the median, because the first sample of some methods waits for a compiler.
     """
@@ -46,7 +46,7 @@ def measure(name: str, model: nn.Module, shown: Shown, setting: Setting) -> tupl
 def attribute(
     name: str, model: nn.Module, shown: Shown, places: Sequence[int], setting: Setting
 ) -> tuple[Tensor, list[float]]:
-    """Maps of the samples at these places, and the seconds each took; a sample's seed follows from its index."""
+    """Return maps of the samples at these places, and the seconds each took; a sample's seed follows from its index."""
     console = terminal.console()
     maps: list[Tensor] = []
     seconds: list[float] = []

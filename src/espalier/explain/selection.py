@@ -44,20 +44,20 @@ class Shown:
         return not self.y.is_floating_point()
 
     def save(self, maps: Mapping[str, Tensor], folder: Path) -> None:
-        """Samples, targets and maps as tensors in `FILE`, for whoever wants to go on with them."""
+        """Save samples, targets and maps as tensors in `FILE`, for whoever wants to go on with them."""
         tensors = {"x": self.x.cpu(), "y": self.y, "index": self.index, "target": self.target, "output": self.output}
         tensors |= {f"map.{name}": maps_S for name, maps_S in maps.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE)
 
     def describe(self, split: str, output: Output, baseline: str) -> str:
-        """The first line below the table."""
+        """Return the first line below the table."""
         what = {"predicted": "the predicted class", "label": "the true class"}[output]
         what = what if self.has_classes else "the output"
         return f"{len(self)} samples of the {split} split; explained: {what}; baseline: {baseline}; maps: {FILE}"
 
 
 def class_numbers(spec: DataSpec, names: Sequence[str] | None) -> list[int]:
-    """The classes to show; the one output of a regression counts as one.
+    """Return the classes to show; the one output of a regression counts as one.
 
     Raises:
         ConfigError: there is no such class.
@@ -100,7 +100,7 @@ def select(found: Predictions, split: str, numbers: Sequence[int], num: int, ord
 
 
 def targets(found: Predictions, output: Output) -> Tensor:
-    """The output of the network that is explained for each sample; a regression has one."""
+    """Return the output of the network that is explained for each sample; a regression has one."""
     if not found.spec.num_classes:
         return torch.zeros(len(found), dtype=torch.long)
     return found.y if output == "label" else found.predicted

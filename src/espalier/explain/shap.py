@@ -24,7 +24,7 @@ NUM_BACKGROUND = 8  # training samples that stand in for what is switched off; c
 
 
 def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """The map adds up to the output of x minus the mean output of the background (local accuracy), exactly."""
+    """Return the map adds up to the output of x minus the mean output of the background (local accuracy), exactly."""
     piece = pieces(x.shape, setting.patch)
     num_pieces = int(piece.max()) + 1
     background_N = setting.background[:NUM_BACKGROUND]
@@ -51,13 +51,13 @@ def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tenso
 
 
 def reference(model: nn.Module, target: int, setting: Setting) -> Tensor:
-    """The mean output of the background."""
+    """Return the mean output of the background."""
     return scores(model, setting.background[:NUM_BACKGROUND], target, setting.batch_size).mean()
 
 
 @contextmanager
 def _numpy_state() -> Iterator[None]:
-    """The explainer seeds numpy's global generator."""
+    """Yield the explainer seeds numpy's global generator."""
     state = np.random.get_state()
     try:
         yield

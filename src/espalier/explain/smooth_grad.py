@@ -15,7 +15,7 @@ BY_DEFAULT = True
 
 
 def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """The signed mean gradient; the noise follows from the seed alone."""
+    """Return the signed mean gradient; the noise follows from the seed alone."""
     captum = require("captum.attr", EXTRA)
     method = captum.NoiseTunnel(captum.Saliency(model))
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):

@@ -47,7 +47,7 @@ class Network:
     files: dict[tuple[str, str], Path] = field(default_factory=dict)  # of a runtime and a precision, once written
 
     def in_precision(self, form: Precision) -> nn.Module:
-        """A copy of the module that is shipped."""
+        """Return a copy of the module that is shipped."""
         assert self.deployable is not None
         return formats.in_precision(copy.deepcopy(self.deployable.module), form)
 
@@ -65,7 +65,7 @@ class Candidate:
 def plan(
     networks: Sequence[Network], runtimes: Sequence[Runtime], precision: Sequence[Precision]
 ) -> tuple[list[Choice], list[str]]:
-    """What can be run, and a line for each thing that was asked for and cannot."""
+    """Return what can be run, and a line for each thing that was asked for and cannot."""
     choices: list[Choice] = []
     notes: list[str] = []
     for choice in product(networks, dict.fromkeys(runtimes), dict.fromkeys(precision)):
@@ -169,7 +169,7 @@ def _file(choice: Choice, folder: Path) -> Path:
 
 
 def on_device(module: nn.Module, runtime: Runtime, device: torch.device) -> Predict:
-    """The module on a device; compiled anew for each batch size, as one does who serves a fixed one."""
+    """Return the module on a device; compiled anew for each batch size, as one does who serves a fixed one."""
     module = module.to(device)
     compute: Predict = torch.compile(module, dynamic=False) if runtime == "compiled" else module
 

@@ -63,7 +63,7 @@ class Bundle:
         return list(self.content["formats"])
 
     def file(self, name: str) -> Path:
-        """The file that a runtime opens for one of `formats`."""
+        """Return the file that a runtime opens for one of `formats`."""
         return self.path / self.content["formats"][name]["files"][0]
 
 
@@ -82,7 +82,7 @@ def write(draft: Path, target: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(key: str, folder: Path) -> Bundle:
-    """The bundle in a folder, every file compared with its sha256.
+    """Return the bundle in a folder, every file compared with its sha256.
 
     Nothing else may lie there: a network can name files beside it, whose change nobody would notice.
 
@@ -116,7 +116,7 @@ def read(key: str, folder: Path) -> Bundle:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    """The content of a `bundle.json`.
+    """Return the content of a `bundle.json`.
 
     Raises:
         ValueError: it is a link, no file, too long, or not what `write` writes.

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]  # of a report
 
 
 def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_drop: float) -> str:
-    """The metric of both rows; marked where more than `max_drop`, in the metric's unit, was lost."""
+    """Return the metric of both rows; marked where more than `max_drop`, in the metric's unit, was lost."""
     then, now = before["metrics"][metric], after["metrics"][metric]
     lost = then - now if mode == "max" else now - then
     line = f"{metric} {then:.4f} -> {now:.4f}, " + (f"{lost:.4f} lost" if lost > 0 else "nothing lost")
@@ -25,13 +25,13 @@ def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_
 
 
 def kept_in_float(name: str, conversion: Conversion | None) -> Iterator[str]:
-    """A remark where a format does not carry out the quantization that the network was meant for."""
+    """Yield a remark where a format does not carry out the quantization that the network was meant for."""
     if conversion is not None and conversion.kind not in formats.module(name).CONVERSIONS:
         yield f"{name} keeps in float what ONNX Runtime computes in {conversion.bits} bits ({conversion.kind})"
 
 
 def agreement(metric: str, values: Mapping[str, float]) -> str:
-    """The same metric of the same network in several forms: prepared, converted, deployed."""
+    """Return the same metric of the same network in several forms: prepared, converted, deployed."""
     return f"{metric}: " + ", ".join(f"{form} {value:.4f}" for form, value in values.items())
 
 
@@ -49,7 +49,7 @@ def fusion(quantized: Artifact) -> str:
 
 
 def slower(rows: Iterable[Row], after: Row) -> Iterator[str]:
-    """A line for each of `rows` and each batch size at which `after` takes longer."""
+    """Yield a line for each of `rows` and each batch size at which `after` takes longer."""
     for row in rows:
         for batch_size, timed in row["latency_ms"].items():
             ratio = after["latency_ms"][batch_size]["p50"] / timed["p50"]
@@ -58,7 +58,7 @@ def slower(rows: Iterable[Row], after: Row) -> Iterator[str]:
 
 
 def zeros(after: Row, pruned: Artifact) -> str:
-    """What masks bring: nothing to a runtime with dense kernels, and a smaller file only where it travels packed."""
+    """Say what masks bring: nothing to a runtime with dense kernels; a smaller file only where it travels packed."""
     packed = len(zlib.compress(pruned.path.read_bytes()))
     share = 1 - after["nonzero"] / after["params"]
     return (
@@ -68,10 +68,10 @@ def zeros(after: Row, pruned: Artifact) -> str:
 
 
 def most_sensitive(growth: Mapping[str, float]) -> str:
-    """The first layers of a sensitivity scan."""
+    """Return the first layers of a sensitivity scan."""
     return ", ".join(f"{layer} ({loss:+.3g})" for layer, loss in list(growth.items())[:NUM_NAMED])
 
 
 def ranking(growth: Mapping[str, float]) -> str:
-    """A line for each of the first layers of a sensitivity scan."""
+    """Return a line for each of the first layers of a sensitivity scan."""
     return "\n".join(f"  {loss:+10.3g}  {layer}" for layer, loss in list(growth.items())[:NUM_RANKED])

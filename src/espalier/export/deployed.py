@@ -49,12 +49,12 @@ class Artifact:
 
 
 def name_of(ledger: Iterable[Entry]) -> str:
-    """What a network has been through, for tables: `prune_channels+qat`, or `fp32` where that is nothing."""
+    """Return what a network has been through, for tables: `prune_channels+qat`, or `fp32` where that is nothing."""
     return "+".join(str(entry["method"]) for entry in ledger) or "fp32"
 
 
 def deployable(trained: nn.Module, ledger: Sequence[Entry]) -> Deployable:
-    """The deployable form of a network, in evaluation mode; `trained` loses its teacher and stays as it is."""
+    """Return the deployable form of a network, in evaluation mode; `trained` loses its teacher and stays as it is."""
     trained, kept = without_teacher(trained, ledger)
     return Deployable(trained.eval(), kept, finalize(copy.deepcopy(trained), kept).eval(), conversion(kept))
 
@@ -95,12 +95,12 @@ def measure(
 
 
 def predictor(artifact: Artifact, session: onnx.Session) -> Predict:
-    """The session, sample by sample where it has to be."""
+    """Return the session, sample by sample where it has to be."""
     return one_by_one(session) if is_dynamic(artifact.conversion) else session
 
 
 def session(name: str, path: Path, threads: int, is_dynamic: bool) -> Predict:
-    """A file of one of `formats.FORMATS` in its runtime, called sample by sample where it has to be."""
+    """Return a file of one of `formats.FORMATS` in its runtime, called sample by sample where it has to be."""
     module = formats.module(name)
     assert module.Session is not None
     opened = module.Session(path, threads)
@@ -113,12 +113,12 @@ def is_dynamic(conversion: Conversion | None) -> bool:
 
 
 def one_by_one(session: Predict) -> Predict:
-    """The same function, called with one sample at a time."""
+    """Return the same function, called with one sample at a time."""
     return lambda x: torch.cat([session(sample) for sample in x.split(1)])
 
 
 def score(predict: Predict, learner: Learner, test: Iterable[Batch]) -> dict[str, float]:
-    """The learner's test metrics of any function from samples to outputs, in this process alone."""
+    """Return the learner's test metrics of any function from samples to outputs, in this process alone."""
     metrics = learner.new_metrics("test")
     for metric in metrics.values():
         metric.distributed_available_fn = lambda: False  # or it waits for the other ranks of the fit, which are gone

@@ -55,7 +55,7 @@ class Format(Protocol):
 
 
 def module(name: str) -> Format:
-    """The module of one of `FORMATS`; a package that it needs is imported when it is used."""
+    """Return the module of one of `FORMATS`; a package that it needs is imported when it is used."""
     return cast(Format, import_module(f"espalier.export.{name}"))
 
 
@@ -78,7 +78,7 @@ class InPrecision(nn.Module):
 
 
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
-    """The network itself for fp32; else a copy of it that computes in this precision.
+    """Return the network itself for fp32; else a copy of it that computes in this precision.
 
     Raises:
         ConfigError: the network computes in integers.
@@ -105,7 +105,7 @@ def require_precision(name: str, model: nn.Module) -> None:
 
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of its own; what is written into that folder replaces what lies at `path`.
+    """Yield a path of that name in a folder of its own; what is written into that folder replaces what lies at `path`.
 
     Only when the block ends well: before, and after an error, nothing has changed.
     """
@@ -122,7 +122,7 @@ def draft(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def converting(name: str) -> Iterator[None]:
-    """Converters raise whatever they like; here it is one line that says which format cannot hold the network."""
+    """Turn what a converter raises into one line that says which format cannot hold the network."""
     try:
         with quiet():
             yield
@@ -133,7 +133,7 @@ def converting(name: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what the first of a chain of errors says; openvino begins with places in its C++."""
+    """Return the first line of what the first of a chain of errors says; openvino begins with places in its C++."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not PLACE_IN_CPP.match(line)]
@@ -173,7 +173,7 @@ def quiet() -> Iterator[None]:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """A copy to be written: on the CPU, in evaluation mode, without gradients."""
+    """Return a copy to be written: on the CPU, in evaluation mode, without gradients."""
     twin: Any = copy.deepcopy(model)
     twin = twin.cpu().eval().requires_grad_(False)
     if isinstance(twin, CapturedNet):

@@ -210,7 +210,7 @@ def _is_skipped(node: NodeProto, conversion: Conversion) -> bool:
 
 
 def _pool(graph: GraphProto) -> None:
-    """The mean over height and width as the one operator for it, which the runtime also has on integers."""
+    """Write the mean over height and width as the one operator for it, which the runtime also has on integers."""
     constants = {constant.name: constant for constant in graph.initializer}
     for node in graph.node:
         if node.op_type != "ReduceMean" or node.input[1] not in constants:
@@ -250,7 +250,7 @@ def _is_default(node: NodeProto, attribute: AttributeProto) -> bool:
 
 
 def _shorten(graph: GraphProto) -> None:
-    """Number all tensors but input and output; constants of equal value become one, unused ones go."""
+    """Shorten the names of all tensors but input and output; constants of equal value become one, unused ones go."""
     used = {name for node in graph.node for name in node.input}
     short: dict[str, str] = {"": "", INPUT: INPUT, OUTPUT: OUTPUT}
     constants: dict[bytes, TensorProto] = {}

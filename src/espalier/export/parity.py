@@ -38,7 +38,7 @@ class Parity:
         return {**asdict(self), "max_difference": self.max_difference if isfinite(self.max_difference) else None}
 
     def to_metrics(self) -> dict[str, float]:
-        """What the report shows."""
+        """Return what the report shows."""
         return {self.metric: self.exported, "same label": self.same_label, "max difference": self.max_difference}
 
 
@@ -51,7 +51,7 @@ class Gate:
     agreement: float  # least share of equal labels, or of the metric of a regression, where numbers are rounded
 
     def problem(self, found: Parity) -> str | None:
-        """What was not kept, in words; None where all was."""
+        """Return what was not kept, in words; None where all was."""
         least = 1.0 if self.is_exact else self.agreement
         if not isfinite(found.max_difference):
             return "answers with numbers that are not finite"

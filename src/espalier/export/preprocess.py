@@ -31,7 +31,7 @@ def normalise(spec: DataSpec, raw: NDArray) -> NDArray[np.float32]:
 
 
 def raw_of(spec: DataSpec, image: "Image.Image") -> NDArray[np.float32]:
-    """A picture as raw values (C, H, W), of the pixels that training reads; white is `scale`, black is 0."""
+    """Return a picture as raw values (C, H, W), of the pixels that training reads; white is `scale`, black is 0."""
     return scaled(spec, pictures.to_array(image, spec.shape, spec.background))
 
 

@@ -20,7 +20,7 @@ Row = dict[str, Any]  # of a report
 
 
 def choose(bundle: Bundle, wanted: str | None) -> str:
-    """The format that `task.runtime` asks for; None: the first of `formats.FORMATS` in it that is no machine code.
+    """Return the format that `task.runtime` asks for; None: the first of `formats.FORMATS` that is no machine code.
 
     Raises:
         ConfigError: the bundle has no such format, or this machine no such runtime.
@@ -46,7 +46,7 @@ def choose(bundle: Bundle, wanted: str | None) -> str:
 
 
 def in_torch(network: nn.Module, strategy: Strategy) -> Predict:
-    """The network as a trainer runs it, in its precision and on its device; samples and outputs are on the CPU."""
+    """Return the network as a trainer runs it, in its precision, on its device; samples and outputs are on the CPU."""
     plugin, device = strategy.precision_plugin, strategy.root_device
     network = plugin.convert_module(network.eval()).to(device)
 
@@ -58,7 +58,7 @@ def in_torch(network: nn.Module, strategy: Strategy) -> Predict:
 
 
 def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
-    """What a bundle says of the cost of one of its formats, and that format, ready to run."""
+    """Return what a bundle says of the cost of one of its formats, and that format, ready to run."""
     rows = [row for row in bundle.content["report"] if row["name"] == name]
     row = {"name": bundle.name, **{key: row[key] for row in rows for key in COUNTED if key in row}}
     return row, deployed.session(name, bundle.file(name), threads, bundle.sample_by_sample)
@@ -67,7 +67,7 @@ def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
 def of_network(
     network: Deployable, name: str, shape: tuple[int, ...], folder: Path, threads: int
 ) -> tuple[Row, Predict]:
-    """The same of a format that is written into `folder`."""
+    """Return the same of a format that is written into `folder`."""
     module = formats.module(name)
     path = folder / module.FILES[0]
     path.parent.mkdir(parents=True, exist_ok=True)

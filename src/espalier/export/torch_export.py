@@ -58,7 +58,7 @@ class Session:
 def program(
     model: nn.Module, input_shape: tuple[int, ...], num_example: Count = 2, max_batch: Count | None = None
 ) -> ExportedProgram:
-    """The network as torch operators on batches of 1 to `max_batch`, without names of files, modules and lines.
+    """Return the network as torch operators on batches of 1 to `max_batch`, without names of files, modules and lines.
 
     `num_example` is the size of the batch that torch follows through the network. It matters: torch remembers which
     kernel such a batch takes, and what executorch makes of a batch below 16 refuses 16 and more.
@@ -75,7 +75,7 @@ def program(
 
 
 def reloaded(exported: ExportedProgram) -> ExportedProgram:
-    """The same program as a file gives it back: for batches from 1, not from 2 as capturing had left it."""
+    """Return the same program as a file gives it back: for batches from 1, not from 2 as capturing had left it."""
     file = io.BytesIO()
     torch.export.save(exported, file)
     file.seek(0)

@@ -75,7 +75,7 @@ class Guard:
             self._require_finite(*looked)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training has to know."""
+        """Return what a resumed training has to know."""
         return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ class Learner(ExactTraining):
         """Fresh metrics, prefixed `split/`, to be updated with (output, y)."""
 
     def predict(self, output: Tensor) -> Tensor:
-        """What the metrics compare with y: the model's output in the unit of the target."""
+        """Return what the metrics compare with y: the model's output in the unit of the target."""
         return output
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Learner(ExactTraining):
         return loss
 
     def objective(self, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
-        """What training minimises, scalar; a distillation puts a teacher beside the loss."""
+        """Return what training minimises, scalar; a distillation puts a teacher beside the loss."""
         return self.training_loss(output, y)
 
     def training_loss(self, output: Tensor, y: Tensor) -> Tensor:

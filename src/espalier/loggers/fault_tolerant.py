@@ -31,7 +31,7 @@ class Guarded(Logger):
             self.label = type(self.inner).__name__
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
-        """The action's result; None once this logger is off."""
+        """Return the action's result; None once this logger is off."""
         if not self.is_on:
             return None
         try:
@@ -47,7 +47,7 @@ class Guarded(Logger):
             return None
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """A method of the inner logger, guarded; None where the inner logger has no such method."""
+        """Return a method of the inner logger, guarded; None where the inner logger has no such method."""
         return self._attempt(lambda: getattr(self.inner, method, _nothing)(*args, **kwargs))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -105,7 +105,7 @@ class Guarded(Logger):
 
 
 def guarded(factory: Callable[[], Logger]) -> Guarded:
-    """The logger that `factory` builds, unable to stop a run. `factory` may fail, too."""
+    """Return the logger that `factory` builds, unable to stop a run. `factory` may fail, too."""
     return Guarded(factory)
 
 

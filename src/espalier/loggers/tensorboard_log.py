@@ -8,7 +8,7 @@ from espalier.errors import require
 
 
 def tensorboard(folder: Path, run_name: str) -> TensorBoardLogger:
-    """A logger that writes to `<folder>/tensorboard`.
+    """Return a logger that writes to `<folder>/tensorboard`.
 
     Raises:
         ConfigError: tensorboard is not installed.

@@ -88,7 +88,7 @@ def mode() -> str:
 
 
 def run_id(folder: Path) -> str:
-    """The same for every process that works in this folder, so that a resumed run is the same W&B run."""
+    """Return the same for every process that works in this folder, so that a resumed run is the same W&B run."""
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
     return f"{re.sub(r'[^0-9A-Za-z_-]', '-', folder.name)}-{digest[:8]}"
 

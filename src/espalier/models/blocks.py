@@ -33,7 +33,7 @@ HEAD_STD = 0.01  # Goyal et al. 2017, arXiv 1706.02677, section 5.1
 
 
 def make_activation(name: Activation) -> nn.Module:
-    """A new elementwise activation; out of place, so that hooks and residual sums may keep its input."""
+    """Return a new elementwise activation; out of place, so that hooks and residual sums may keep its input."""
     return ACTIVATIONS[name]()
 
 
@@ -71,7 +71,7 @@ def make_dropout(rate: float) -> nn.Module:
 
 
 def sequence(**steps: nn.Module) -> nn.Sequential:
-    """The steps in order, without identities: a name never moves when a knob switches off the step before it."""
+    """Return the steps in order, without identities: a name never moves when a knob switches off the step before it."""
     chain = nn.Sequential()
     for name, step in steps.items():
         if not isinstance(step, nn.Identity):
@@ -102,7 +102,7 @@ class ConvNormAct(ConvNorm):
 
 
 def conv_stem(stem: Stem, in_channels: int, width: int, norm: Norm, activation: Activation) -> nn.Sequential:
-    """The first convolution: 3x3 for small images; 7x7 and max pooling, a quarter of the resolution, for large ones."""
+    """Return the first convolution: 3x3 for small images; 7x7 and max pooling, a quarter of it, for large ones."""
     if stem == "cifar":
         return sequence(conv=ConvNormAct(in_channels, width, 3, 1, norm, activation))
     return sequence(conv=ConvNormAct(in_channels, width, 7, 2, norm, activation), pool=nn.MaxPool2d(3, 2, padding=1))
@@ -170,12 +170,12 @@ def dense_layers(
 
 
 def average_pool() -> nn.Sequential:
-    """The mean over all positions; (B, C, H, W) to (B, C)."""
+    """Return the mean over all positions; (B, C, H, W) to (B, C)."""
     return sequence(average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
 
 
 def initialise(model: nn.Module, head: nn.Linear) -> None:
-    """Normal weights that keep the mean square of a ReLU network's signal (He et al. 2015, arXiv 1502.01852, eq. 10).
+    """Draw normal weights that keep a ReLU network's mean square (He et al. 2015, arXiv 1502.01852, eq. 10).
 
     Biases are 0. `head` starts small, so an untrained network gives every class nearly the same probability.
     """

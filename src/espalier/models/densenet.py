@@ -128,7 +128,7 @@ def plan(depth: int | Sequence[int], stem: Stem) -> list[int]:
 
 
 def dense_stem(stem: Stem, in_channels: int, channels: int, norm: Norm, activation: Activation) -> nn.Sequential:
-    """A bare 3x3 convolution for small images; 7x7, norm, activation and max pooling for large ones."""
+    """Return a bare 3x3 convolution for small images; 7x7, norm, activation and max pooling for large ones."""
     if stem == "cifar":
         return sequence(conv=nn.Conv2d(in_channels, channels, 3, padding=1, bias=norm == "none"))
     return conv_stem(stem, in_channels, channels, norm, activation)

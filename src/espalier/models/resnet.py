@@ -94,7 +94,7 @@ class ResNet(nn.Module):
 
 
 def plan(depth: int | Sequence[int], stem: Stem, block: Block | None) -> tuple[Block, list[int]]:
-    """The kind of block and the number of blocks per stage.
+    """Return the kind of block and the number of blocks per stage.
 
     50 and 152 are numbers of both families: the stem decides, or `block`.
 

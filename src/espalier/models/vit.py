@@ -87,7 +87,7 @@ class ViT(nn.Module):
 
 
 def attention_branch(width: int, heads: int, norm: TokenNorm, dropout: float) -> nn.Sequential:
-    """What attention adds to the tokens; (B, N, D) to (B, N, D)."""
+    """Return what attention adds to the tokens; (B, N, D) to (B, N, D)."""
     return sequence(
         norm=make_feature_norm(norm, width), attention=Attention(width, heads), dropout=make_dropout(dropout)
     )
@@ -96,7 +96,7 @@ def attention_branch(width: int, heads: int, norm: TokenNorm, dropout: float) ->
 def feed_forward_branch(
     width: int, expansion: int, activation: Activation, norm: TokenNorm, dropout: float
 ) -> nn.Sequential:
-    """What two dense layers add to each token; (B, N, D) to (B, N, D)."""
+    """Return what two dense layers add to each token; (B, N, D) to (B, N, D)."""
     return sequence(
         norm=make_feature_norm(norm, width), mlp=feed_forward(width, expansion * width, activation, dropout)
     )

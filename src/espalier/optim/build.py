@@ -15,7 +15,7 @@ from espalier.optim.groups import parameter_groups, trainable
 
 
 def build_optimizer(factory: partial[Optimizer], model: nn.Module) -> Optimizer:
-    """The optimizer over the trainable parameters of `model`, with weight decay only where it belongs.
+    """Return the optimizer over the trainable parameters of `model`, with weight decay only where it belongs.
 
     An optimizer class that treats parameters differently brings its own `parameter_groups` (see `muon.py`).
     `fused: true` falls back to the plain loop where torch has no fused kernel for a parameter.
@@ -86,7 +86,7 @@ def build_scheduler(
 
 
 def _weight_decay(factory: partial[Optimizer]) -> float:
-    """What is configured, else the optimizer's own default, else 0."""
+    """Return what is configured, else the optimizer's own default, else 0."""
     setting = inspect.signature(factory).parameters.get("weight_decay")
     return 0.0 if setting is None or setting.default is setting.empty else setting.default
 

@@ -29,14 +29,14 @@ class Groupwise(Optimizer):
         return loss
 
     def running(self, params: list[Tensor], name: str) -> list[Tensor]:
-        """The running average `name` of each parameter, zero at first."""
+        """Return the running average `name` of each parameter, zero at first."""
         for param in params:
             if name not in self.state[param]:
                 self.state[param][name] = torch.zeros_like(param)
         return [self.state[param][name] for param in params]
 
     def counted(self, params: list[Tensor]) -> list[Tensor]:
-        """The number of updates of each parameter so far, kept on the CPU under the name torch expects."""
+        """Return the number of updates of each parameter so far, kept on the CPU under the name torch expects."""
         for param in params:
             self.state[param].setdefault("step", torch.zeros(()))
         return [self.state[param]["step"] for param in params]

@@ -213,7 +213,7 @@ def launch(words: Sequence[str], num_ranks: int) -> None:
 
 
 def _program() -> list[str]:
-    """What was started to get here: a console command, a module, or a program that imports us."""
+    """Return what was started to get here: a console command, a module, or a program that imports us."""
     main = sys.modules["__main__"]
     if not Path(sys.argv[0]).is_file():
         return [sys.executable, "-m", "espalier.cli"]
@@ -245,7 +245,7 @@ def _wait(ranks: Sequence[Rank]) -> None:
 
 
 def _first_cause(failures: Sequence[Failure], num_ranks: int) -> EspalierError:
-    """The failure that led to the others, once its traceback is printed."""
+    """Return the failure that led to the others, once its traceback is printed."""
     first = min(failures, key=lambda failure: (failure.kind, failure.seconds))
     if all(failure.kind == Kind.RAISED for failure in failures) and len(failures) == num_ranks:
         first, lines = failures[0], failures[0].lines  # it is no matter of one rank

@@ -92,7 +92,7 @@ def _end_at_once(task: str, number: int) -> None:
 
 
 def stopped(name: str, has_trained: bool) -> str:
-    """The line that a user sees."""
+    """Return the line that a user sees."""
     if has_trained:
         return f"stopped by {name} outside of training; what was saved before is whole"
     return f"stopped by {name} before training began; nothing was lost"

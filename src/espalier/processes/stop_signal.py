@@ -16,7 +16,7 @@ HANGUP = getattr(signal, "SIGHUP", None)
 
 
 def heard() -> tuple[int, ...]:
-    """The signals to listen to: all but a SIGHUP that `nohup` has this process ignore."""
+    """Return the signals to listen to: all but a SIGHUP that `nohup` has this process ignore."""
     return tuple(number for number in SIGNALS if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN)
 
 

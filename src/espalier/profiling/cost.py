@@ -47,7 +47,7 @@ def counts(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
-    """Evaluation mode, no gradients, and every operation visible to a FLOP counter; all restored afterwards.
+    """Count within: evaluation mode, no gradients, every operation visible to a FLOP counter; all restored afterwards.
 
     Compiled code is opaque to the counter. Fused kernels for attention and recurrent layers have no FLOP formula in
     torch 2.13 and would count as zero, so their unfused forms run here.

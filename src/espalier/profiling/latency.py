@@ -33,7 +33,7 @@ class Latency:
     num_calls: int  # that were timed
 
     def to_dict(self) -> dict[str, float]:
-        """What a report holds of it."""
+        """Return what a report holds of it."""
         return {"p50": self.p50, "p95": self.p95, "p99": self.p99}
 
 
@@ -52,7 +52,7 @@ def compare(calls: Mapping[str, Callable[[], Any]], rounds: Count) -> dict[str, 
 
 
 def summary(turns_ms: Sequence[NDArray[np.float64]], first_ms: Sequence[NDArray[np.float64]]) -> Latency:
-    """What the calls of one candidate say, an array per round, beside those of the first candidate."""
+    """Return what the calls of one candidate say, an array per round, beside those of the first candidate."""
     calls_ms = np.concatenate(turns_ms)
     p50, p95, p99 = (float(value) for value in np.percentile(calls_ms, [50, 95, 99]))
     ratios = [np.median(turn) / np.median(first) for turn, first in zip(turns_ms, first_ms, strict=True)]
@@ -61,7 +61,7 @@ def summary(turns_ms: Sequence[NDArray[np.float64]], first_ms: Sequence[NDArray[
 
 
 def _warm_up(call: Callable[[], Any]) -> int:
-    """Calls that make up a turn, counted while the candidate warms up."""
+    """Return calls that make up a turn, counted while the candidate warms up."""
     call()  # the first one may compile for seconds, and says nothing about the next
     start, num_calls = perf_counter(), 0
     while (passed := perf_counter() - start) < WARM_UP_S or num_calls < MIN_CALLS:

@@ -84,7 +84,7 @@ def bars(samples: Sequence[Explained], title: str, target: Path) -> None:
 
 
 def short(name: str) -> str:
-    """A class name that fits a label."""
+    """Return a class name that fits a label."""
     return plain(name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…")
 
 

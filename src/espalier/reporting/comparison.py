@@ -56,7 +56,7 @@ class Entry:
 
 
 def read(key: str, folders: Sequence[Path]) -> list[Entry]:
-    """The reports, configurations and provenance of run folders.
+    """Return the reports, configurations and provenance of run folders.
 
     Raises:
         ConfigError: a folder has no report, a damaged one, a link, or one of another version; or is named twice.
@@ -72,7 +72,7 @@ def read(key: str, folders: Sequence[Path]) -> list[Entry]:
 
 
 def name_of(folder: Path) -> str:
-    """What tables call a run: `train f5bc95`, `sweep f5bc95/0` for a trial, or the folder that a user named."""
+    """Return what tables call a run: `train f5bc95`, `sweep f5bc95/0` for a trial, or the folder that a user named."""
     above, around, *_ = *folder.parents, Path(), Path()
     for dated_folder, task, rest in ((folder, above, ""), (above, around, f"/{folder.name}")):
         if dated := DATED.fullmatch(dated_folder.name):
@@ -100,7 +100,7 @@ def differences(entries: Sequence[Entry]) -> Columns:
 
 
 def rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The rows of all reports; a name that several runs use gets that of the run."""
+    """Return the rows of all reports; a name that several runs use gets that of the run."""
     used = [name for entry in entries for name in {str(row["name"]) for row in entry.report.rows}]
     return [
         {**row, "name": f"{row['name']}, {entry.name}" if used.count(str(row["name"])) > 1 else str(row["name"])}
@@ -131,19 +131,19 @@ def means(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def metric_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The first metric of the first row with metrics that is no loss; None where nothing was measured."""
+    """Return the first metric of the first row with metrics that is no loss; None where nothing was measured."""
     names = [name for row in rows for name in row.get("metrics", {})]
     return next((name for name in names if not name.endswith("loss")), names[0] if names else None)
 
 
 def batch_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The batch size that most rows were timed at, the first of several; None where none was."""
+    """Return the batch size that most rows were timed at, the first of several; None where none was."""
     timed = [batch for row in rows for batch in row.get("latency_ms", {})]
     return max(timed, key=timed.count) if timed else None
 
 
 def cautions(entries: Sequence[Entry]) -> Iterator[str]:
-    """What makes numbers of these runs hard to compare."""
+    """Yield what makes numbers of these runs hard to compare."""
     sets = {entry.data for entry in entries if entry.data}
     if len(sets) > 1:
         yield f"DIFFERENT DATA ({', '.join(sorted(sets))}): metrics of these runs cannot be compared"
@@ -200,7 +200,7 @@ def _yaml(key: str, folder: Path) -> dict[str, Any]:
 
 
 def _json(key: str, folder: Path) -> dict[str, Any]:
-    """What is known of the origin; empty where the file is missing or damaged, as no number depends on it."""
+    """Return what is known of the origin; empty where the file is missing or damaged, as no number depends on it."""
     file = folder / "provenance.json"
     try:
         found = _printable(json.loads(file.read_bytes())) if _is_there(key, file) else {}

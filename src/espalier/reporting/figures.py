@@ -109,7 +109,7 @@ def predicted_vs_true(predicted: Tensor | NDArray[Any], true: Tensor | NDArray[A
 
 
 def trade_off(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """A metric over latency and over size on disk, one dot per row of a report; numbers stand in the legend.
+    """Draw a metric over latency and over size on disk, one dot per row of a report; numbers stand in the legend.
 
     The metric is the first that is no loss, the batch size the first that was timed; whiskers end at the 95th
     percentile.
@@ -219,7 +219,7 @@ def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
 
 
 def _write_counts(axes: Axes, counts_KK: Tensor, share_KK: Tensor) -> None:
-    """The count in each cell that holds one; white on dark cells."""
+    """Write the count into each cell that holds one; white on dark cells."""
     size = 10 if len(counts_KK) <= 12 else 7
     for row, column in counts_KK.nonzero().tolist():
         colour = "white" if share_KK[row, column] > 0.55 else "black"
@@ -228,7 +228,7 @@ def _write_counts(axes: Axes, counts_KK: Tensor, share_KK: Tensor) -> None:
 
 
 def save(figure: Figure, target: Path) -> None:
-    """A PNG; its folder is made where it is missing."""
+    """Save a PNG; its folder is made where it is missing."""
     _take_literally(figure)
     target.parent.mkdir(parents=True, exist_ok=True)
     with lettering.provided(figure):

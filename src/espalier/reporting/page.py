@@ -45,7 +45,7 @@ MARKDOWN = re.compile(r"([\\`*\[\]<>|#~]|(?<!\w)_|_(?!\w))")  # what means somet
 def html(
     title: str, entries: Sequence[Entry], measured: Columns, differing: Columns, done: Report, figures: Path
 ) -> str:
-    """The whole page; pictures in the folders `figures` of the comparison and of each run are part of it."""
+    """Return the whole page; pictures in the folders `figures` of the comparison and of each run are part of it."""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -67,7 +67,7 @@ def html(
 
 
 def markdown(title: str, entries: Sequence[Entry], measured: Columns, differing: Columns, done: Report) -> str:
-    """The same tables and remarks, for `report.md` and for pull requests."""
+    """Return the same tables and remarks, for `report.md` and for pull requests."""
     parts = [f"# {_plain(title)}", _markdown_table(measured)]
     parts.append("\n".join(f"* {_plain(note)}" for note in done.notes))
     if differing:
@@ -80,7 +80,7 @@ def markdown(title: str, entries: Sequence[Entry], measured: Columns, differing:
 
 
 def _run(entry: Entry, *, is_open: bool) -> str:
-    """What is known of a run, and its pictures."""
+    """Return what is known of a run, and its pictures."""
     git = entry.provenance.get("git")
     commit = str(git.get("commit")) + (" and changes" if git.get("dirty") else "") if isinstance(git, dict) else None
     command = entry.provenance.get("command")

@@ -66,7 +66,7 @@ def latency(rows: Sequence[Row], target: Path) -> None:
 
 
 def pareto(points: Sequence[Point], metric: str, batch: str | None, target: Path) -> None:
-    """A metric over latency and over size, each panel with the line of those that nothing beats in both.
+    """Draw a metric over latency and over size, each panel with the line of those that nothing beats in both.
 
     A panel is left out where no point has its cost. Points beside the line are pale, numbers stand in the legend.
     """
@@ -132,7 +132,7 @@ def _leave_room(axes: Axes, slowest: float) -> None:
 
 
 def points(rows: Sequence[Mapping[str, Any]], metric: str, batch: str | None) -> list[Point]:
-    """The rows that have the metric."""
+    """Return the rows that have the metric."""
     found = []
     runtimes = {row.get("runtime") for row in rows}
     for row in rows:

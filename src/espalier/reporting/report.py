@@ -36,7 +36,7 @@ def write(report: Report, folder: Path) -> None:
 
 
 def read(folder: Path) -> Report:
-    """The report that `write` left in `folder`.
+    """Return the report that `write` left in `folder`.
 
     Raises:
         FileNotFoundError: there is none, so the run did not finish.
@@ -65,7 +65,7 @@ def table(report: Report, width: int = TABLE_WIDTH) -> RenderableType:
 
 
 def markdown(report: Report) -> str:
-    """The same table and remarks, for `report.md` and for pull requests."""
+    """Return the same table and remarks, for `report.md` and for pull requests."""
     metrics, costs = columns_of(report)
     columns = {**metrics, **costs}
     lines = [f"# {report.task}: {Path(report.run).name}", ""]
@@ -140,7 +140,7 @@ Columns = dict[str, list[str]]  # header -> one cell per row; the header of the 
 
 
 def columns_of(report: Report) -> tuple[Columns, Columns]:
-    """The metric columns, headed by the names of the rows, and the cost columns."""
+    """Return the metric columns, headed by the names of the rows, and the cost columns."""
     rows = report.rows
     metrics: Columns = {"": [str(row["name"]) for row in rows]}
     if len({row.get("runtime") for row in rows}) > 1:
@@ -180,12 +180,12 @@ def _short(metric: str, metrics: Sequence[str]) -> str:
 
 
 def _filled(cells: Sequence[str]) -> set[int]:
-    """The rows that have something in this column."""
+    """Return the rows that have something in this column."""
     return {place for place, cell in enumerate(cells) if cell != MISSING}
 
 
 def _without_empty_rows(names: Columns, columns: Columns) -> Columns:
-    """A table without the rows that have nothing but their name in it; all of them where none has more."""
+    """Return a table without the rows that have nothing but their name in it; all of them where none has more."""
     filled = set().union(*map(_filled, columns.values())) or set(range(len(names[""])))
     return {header: [cells[place] for place in sorted(filled)] for header, cells in {**names, **columns}.items()}
 
@@ -215,7 +215,7 @@ def _width(columns: Mapping[str, Sequence[str]]) -> int:
 
 
 def grid_of(columns: Mapping[str, Sequence[str]]) -> Table:
-    """A table for the terminal; numbers stand right, the column without a header holds names."""
+    """Return a table for the terminal; numbers stand right, the column without a header holds names."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header, cells in columns.items():
         is_numeric = header != "" and all(cell == MISSING or cell.lstrip("-")[:1].isdigit() for cell in cells)

@@ -72,7 +72,7 @@ class Checkpoint:
         return None
 
     def best_name(self) -> str:
-        """The file that was best when this one was written, as its training knew; empty where none was."""
+        """Return the file that was best when this one was written, as its training knew; empty where none was."""
         return next((Path(str(state["best_model_path"])).name for state in self._keepers()), "")
 
     def _keepers(self) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def load(key: str, path: Path) -> Checkpoint:
 
 
 def load_run(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
-    """The first of `names` among the checkpoints of a RUN, as `load` reads it; for a damaged last one, that before it.
+    """Read the first of `names` among the checkpoints of a RUN, as `load` does; for a damaged last one, that before it.
 
     Raises:
         ConfigError: the RUN holds none of them, or what it holds cannot be read.
@@ -139,7 +139,7 @@ def _last_or_previous(key: str, path: Path) -> Checkpoint:
 
 
 def _unrecorded(key: str, last: Checkpoint) -> Checkpoint:
-    """The best of a folder that does not say which it is: what the last checkpoint knew as such, else that one."""
+    """Return the best of a folder that does not say which: what the last checkpoint knew as such, else that one."""
     best = last.path.with_name(last.best_name() or last.path.name)
     if best == last.path:
         return replace(last, why="as no best was kept")
@@ -238,13 +238,13 @@ class CheckpointIO(TorchCheckpointIO):
                 log.warning("%s: not removed from %s, training goes on: %s", path, self.mirror.root, error)
 
     def save_network(self, model: nn.Module, path: Path) -> None:
-        """A checkpoint of the network alone, which tests and starts new runs, but does not resume."""
+        """Save a checkpoint of the network alone, which tests and starts new runs, but does not resume."""
         state = {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
         self.save_checkpoint({"state_dict": state, "pytorch-lightning_version": L.__version__}, path)
         self.teardown()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """What `save_checkpoint` wrote; a spawned process hands its bare weights over in this way, too."""
+        """Return what `save_checkpoint` wrote; a spawned process hands its bare weights over in this way, too."""
         self.teardown()
         return dict(_read("checkpoint", Path(path)))
 

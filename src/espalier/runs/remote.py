@@ -27,7 +27,7 @@ PATIENCE = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)  # s
 
 
 def fetch(key: str, url: str, max_bytes: int = MAX_BYTES) -> Path:
-    """A copy of the file at `url`, whole; beside it the list of hashes that lies beside the original, if one does.
+    """Fetch a copy of the file at `url`, whole; beside it the list of hashes that lies beside the original, if any.
 
     Raises:
         ConfigError: it cannot be had, or is larger than `max_bytes`; the message starts with `key`.

@@ -67,7 +67,7 @@ class RunFolder:
 
 
 def split(source: str) -> list[str]:
-    """The RUNs of `A,B,C`; a path that exists is one, commas and all."""
+    """Return the RUNs of `A,B,C`; a path that exists is one, commas and all."""
     pieces, found = source.split(","), []
     while pieces:
         ends = [end for end in range(len(pieces), 1, -1) if Path(at_home(",".join(pieces[:end]))).exists()]
@@ -78,7 +78,7 @@ def split(source: str) -> list[str]:
 
 
 def find(key: str, run: str, holds: str | Path = CHECKPOINTS) -> Path:
-    """The run folder or checkpoint file that `run` names; `latest` is the newest finished run in which `holds` lies.
+    """Return the run folder or checkpoint that `run` names; `latest` is the newest finished run in which `holds` lies.
 
     Raises:
         ConfigError: there is none; the message starts with `key`.
@@ -107,7 +107,7 @@ def from_here(folder: Path) -> Path:
 
 
 def begun(words: Sequence[str]) -> Path | None:
-    """What `resume=auto` stands for: the folder of `hydra.run.dir` if it can be resumed, None if all begins there.
+    """Return what `resume=auto` stands for: the folder of `hydra.run.dir` if it can go on, None if all begins there.
 
     Raises:
         ConfigError: the words name no such folder, or make it of other things than the environment.
@@ -126,12 +126,12 @@ def begun(words: Sequence[str]) -> Path | None:
 
 
 def bundle_in(path: Path) -> Path | None:
-    """The folder of the bundle that a path stands for: itself, or that of a run that exported; None if neither."""
+    """Return the folder of the bundle that a path stands for: itself, or that of a run that exported; else None."""
     return next((file.parent for file in (path / BUNDLE.name, path / BUNDLE) if file.is_file()), None)
 
 
 def best_in(checkpoints: Path) -> Path | None:
-    """The best checkpoint of a folder, as recorded when it was saved; None where none is known."""
+    """Return the best checkpoint of a folder, as recorded when it was saved; None where none is known."""
     record = checkpoints / BEST
     named = Path(record.read_bytes()[:MAX_NAME].decode(errors="replace").strip() if record.is_file() else UNRECORDED)
     inside = named.name if named.is_absolute() or ".." in named.parts else named
@@ -139,7 +139,7 @@ def best_in(checkpoints: Path) -> Path | None:
 
 
 def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
-    """The first of `names` among the checkpoints of a run folder; a file stands for itself.
+    """Return the first of `names` among the checkpoints of a run folder; a file stands for itself.
 
     Raises:
         ConfigError: the folder holds none of them.

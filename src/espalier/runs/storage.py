@@ -122,7 +122,7 @@ def is_damaged(path: Path) -> bool:
 
 
 def snapshot(content: Any) -> Any:
-    """A copy on the CPU that training cannot change any more."""
+    """Return a copy on the CPU that training cannot change any more."""
     return tree_map_only(Tensor, lambda value: value.detach().to("cpu", copy=True), content)
 
 

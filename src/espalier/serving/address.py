@@ -8,7 +8,7 @@ BACKLOG = 2048  # connections that the kernel holds until they are accepted
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections already, so that nobody is turned away while the workers start.
+    """Return a socket that takes connections already, so that nobody is turned away while the workers start.
 
     Raises:
         ConfigError: the address is not one of this machine, or is taken.

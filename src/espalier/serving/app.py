@@ -143,7 +143,7 @@ class App:
         return headers
 
     def failure(self, route: str, error: Exception) -> Reply:
-        """What a client is told of an error; what is the server's own fault goes to its log."""
+        """Return what a client is told of an error; what is the server's own fault goes to its log."""
         if isinstance(error, RequestError):
             return Reply(error.status, JSON, orjson.dumps({"error": error.message}))
         log.error("%s failed", route, exc_info=error)
@@ -159,7 +159,7 @@ class App:
         return reply
 
     def predictions(self, rows: list[Row]) -> bytes:
-        """The body of the answer that says so.
+        """Return the body of the answer that says so.
 
         Raises:
             RequestError: the output is not finite.
@@ -167,7 +167,7 @@ class App:
         return orjson.dumps({"predictions": [self._described(row) for row in rows]})
 
     async def explain(self, scope: Scope, receive: Receive) -> Reply:
-        """The prediction of one sample, and how far its output falls where a part of the sample is covered."""
+        """Return the prediction of one sample, and how far its output falls where a part of the sample is covered."""
         raw = await self.intake.samples(scope, receive)
         if len(raw) != 1:
             raise RequestError(422, f"{len(raw)} samples in the request; /explain takes one")
@@ -185,7 +185,7 @@ class App:
         return Reply(200, JSON, b'{"status":"ok"}')
 
     async def info(self, scope: Scope, receive: Receive) -> Reply:
-        """What is served: shapes, classes, files with their sha256, parity, versions; no path of this machine."""
+        """Say what is served: shapes, classes, files with their sha256, parity, versions; no path of this machine."""
         limits = {"samples": self.settings.queue, "body_bytes": self.intake.max_bytes}
         return Reply(200, JSON, orjson.dumps(self.predictor.public | {"limits": limits}))
 
@@ -194,7 +194,7 @@ class App:
         return Reply(200, CONTENT_TYPE, self.metrics.text())
 
     async def page(self, path: str, scope: Scope, receive: Receive) -> Reply:
-        """The web page."""
+        """Return the web page."""
         _, kind = PAGE[path]
         return Reply(200, f"{kind}; charset=utf-8", self._page[path])
 
@@ -229,12 +229,12 @@ class App:
         return self.batcher.rows(raw)
 
     def _covered(self, raw: Array) -> tuple[NDArray[np.bool_], Array, str | None]:
-        """What /explain needs of a sample (1, ...): masks, the sample with its covered copies, its picture."""
+        """Return what /explain needs of a sample (1, ...): masks, the sample with its covered copies, its picture."""
         copies, masks = occlusion.covered(self.predictor.spec, raw[0])
         return masks, np.concatenate([raw, copies]), self._picture(raw[0])
 
     def _rows(self, raw: Array) -> list[Row]:
-        """What the thread of the batcher runs; all that can be done for a whole batch is done here."""
+        """Return what the thread of the batcher runs; all that can be done for a whole batch is done here."""
         values_BK = self.predictor.predict(raw)
         is_finite = np.logical_and.reduce(np.isfinite(values_BK), axis=1).tolist()
         values = np.round(values_BK.astype(np.float64), DIGITS).tolist()
@@ -242,7 +242,7 @@ class App:
         return [Row(*each) for each in zip(values, best, is_finite, strict=True)]
 
     def _described(self, row: Row) -> dict[str, Any]:
-        """What a client reads of a sample.
+        """Return what a client reads of a sample.
 
         Raises:
             RequestError: the output is not finite.
@@ -259,7 +259,7 @@ class App:
         }
 
     def _picture(self, raw: Array) -> str | None:
-        """What the network saw, as a PNG in base64; None where it is no picture."""
+        """Return what the network saw, as a PNG in base64; None where it is no picture."""
         spec = self.predictor.spec
         if not spec.is_image or spec.shape[0] not in (1, 3):
             return None

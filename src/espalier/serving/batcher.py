@@ -72,7 +72,7 @@ class Batcher(Generic[Row]):
         self._thread.start()
 
     def submit(self, raw: Array) -> "asyncio.Future[list[Row]]":
-        """The rows of up to `max_batch` samples; if the future is cancelled in time they are not run.
+        """Return the rows of up to `max_batch` samples; if the future is cancelled in time they are not run.
 
         Raises:
             RequestError: the queue is full.
@@ -96,7 +96,7 @@ class Batcher(Generic[Row]):
             self._loop.call_soon(self._dispatch)  # after the other requests that came at the same moment
 
     def rows(self, raw: Array) -> "asyncio.Future[list[Row]]":
-        """The rows of any number of samples, batch after batch.
+        """Return the rows of any number of samples, batch after batch.
 
         Raises:
             RequestError: too many samples are held by such requests.

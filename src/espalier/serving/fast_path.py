@@ -69,7 +69,7 @@ class Quick:
             self._answer(reply.status, reply.body)
 
     def leave(self) -> None:
-        """The client has gone; the batcher drops what is not `done`."""
+        """Note that the client has gone; the batcher drops what is not `done`."""
         if not self.done():
             self.disconnected = True
             self._app.metrics.count(ROUTE, GONE)

@@ -47,7 +47,7 @@ Raw = NDArray[np.float32]
 
 
 def from_json(body: bytes) -> list[Any]:
-    """The items of `{"inputs": [...]}`.
+    """Return the items of `{"inputs": [...]}`.
 
     Raises:
         RequestError: the body is something else.
@@ -118,7 +118,7 @@ def mixed(spec: DataSpec, items: Sequence[Any]) -> Raw:
 
 
 def form(content_type: bytes, body: bytes, most: int) -> list[bytes]:
-    """The files of a `multipart/form-data` body.
+    """Return the files of a `multipart/form-data` body.
 
     Raises:
         RequestError: it is damaged, has other fields, or too many files.

@@ -13,7 +13,7 @@ STEPS = 8  # windows along a side of an image, each a quarter of the side: they 
 
 
 def covered(spec: DataSpec, raw: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Copies (N, *shape) of a raw sample, each with a part set to the mean of the training data, and which: (N, H, W).
+    """Return copies (N, *shape) of a raw sample, each with a part set to the training mean, and which: (N, H, W).
 
     Of a tabular sample (F,) copy n lacks feature n, and the parts are (N, F).
     """

@@ -22,7 +22,7 @@ class Settings:
     time_limit_s: float
 
     def to_words(self) -> list[str]:
-        """The command line that `from_words` reads."""
+        """Return the command line that `from_words` reads."""
         first, *knobs = fields(self)
         words = [str(getattr(self, first.name))]
         for knob in knobs:

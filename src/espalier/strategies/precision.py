@@ -22,7 +22,7 @@ class HalfNetwork(HalfPrecision):
         return module.to(self._desired_input_dtype)
 
     def convert_input(self, data: Any) -> Any:
-        """A tensor alone is input; a batch holds targets too, and the learner casts its input."""
+        """Return a tensor alone is input; a batch holds targets too, and the learner casts its input."""
         return data.to(self._desired_input_dtype) if isinstance(data, Tensor) and data.is_floating_point() else data
 
     def forward_context(self) -> AbstractContextManager[None]:  # type: ignore[override]  # Lightning's is narrower

@@ -100,7 +100,7 @@ def sources(run: Run) -> Iterator[Network]:
 
 
 def rebuild(path: Path) -> nn.Module:
-    """The module that is shipped, from its checkpoint."""
+    """Return the module that is shipped, from its checkpoint."""
     return networks.deployable(checkpoint.load("source", path)).module
 
 

@@ -54,12 +54,12 @@ def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Coun
 
 
 def stages(run: Run) -> set[Stage]:
-    """The kinds of methods in the recipe."""
+    """Return the kinds of methods in the recipe."""
     return {stage_of(method.method) for method in run.compressions}
 
 
 def export(run: Run, source: Checkpoint, result: Checkpoint) -> Iterator[Artifact]:
-    """The source and the result; between them, if a recipe changes shapes and numbers, the new shape in float."""
+    """Yield the source and the result; between them, if a recipe changes shapes and numbers, the new shape in float."""
     folder, shape, name = run.folder / "export", run.data.spec.shape, deployed.name_of
     network = networks.trained(source)
     yield deployed.export(name(source.ledger), network, source.ledger, shape, folder / "source.onnx")

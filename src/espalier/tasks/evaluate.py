@@ -89,7 +89,7 @@ def checked_runtime(run: Run, runtime: str | None, names: Sequence[Harm]) -> str
 
 
 def prepared(run: Run, runtime: str, threads: Count) -> tuple[Row, Predict]:
-    """The row of the report without its metrics, and the network in its runtime, in this process alone."""
+    """Return the row of the report without its metrics, and the network in its runtime, in this process alone."""
     if run.bundle is not None:
         return runtimes.of_bundle(run.bundle, runtime, threads)
     assert run.source is not None
@@ -101,7 +101,7 @@ def prepared(run: Run, runtime: str, threads: Count) -> tuple[Row, Predict]:
 
 
 def score(run: Run, split: Split, found: answers.Predictions) -> dict[str, float]:
-    """The learner's metrics of these answers; its tables are left where `run.publish` looks for them."""
+    """Return the learner's metrics of these answers; its tables are left where `run.publish` looks for them."""
     run.learner.measured["test"] = values = answers.score(found, run.learner)
     return {name.replace("test/", f"{split}/"): float(value) for name, value in values.items() if value.ndim == 0}
 
@@ -109,7 +109,7 @@ def score(run: Run, split: Split, found: answers.Predictions) -> dict[str, float
 def harm(
     run: Run, split: Split, runtime: str, predict: Predict, names: Sequence[Harm], epsilon: float | None, clean: Row
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row per kind of harm, what they say and how the attacks knew what to do; and all of them as a figure."""
+    """Return a row per kind of harm, what they say and how the attacks knew what to do; and all of them as a figure."""
     metric, spec = run.learner.monitor.partition("/")[2], run.data.spec
     is_attacked = bool(set(names) & set(attacks.NAMES))
     loss = loss_in_torch(run) if is_attacked else None
@@ -132,7 +132,7 @@ def harm(
 
 
 def loss_in_torch(run: Run) -> Loss:
-    """The loss whose gradient attacks follow: of the float network, as rounding has none."""
+    """Return the loss whose gradient attacks follow: of the float network, as rounding has none."""
     assert run.source is not None
     if is_quantized(run.source.ledger):
         network = finalize(*networks.in_float(run.source))

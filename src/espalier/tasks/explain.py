@@ -80,7 +80,7 @@ def explain(
 def look_at(
     run: Run, model: nn.Module, split: Split, numbers: Sequence[int], samples: int, order: Order, output: Output
 ) -> tuple[Shown, list[str]]:
-    """The samples to explain, and remarks on the classes that are not shown."""
+    """Return the samples to explain, and remarks on the classes that are not shown."""
     spec, device = run.data.spec, run.trainer.strategy.root_device
     found = collect(lambda x: model(x.to(device)).cpu(), spec, run.data.loader(split, is_whole=True))
     index_S, notes = select(found, split, numbers, samples, order)
@@ -92,7 +92,7 @@ def look_at(
 def measure(
     run: Run, model: nn.Module, shown: Shown, settings: dict[str, Setting]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Maps and a row of the report per method."""
+    """Return maps and a row of the report per method."""
     maps: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     for name, setting in settings.items():

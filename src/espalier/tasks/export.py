@@ -98,7 +98,7 @@ def write(
 
 
 def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `bundle.json` says beside the files: all that a server needs, and where the network comes from."""
+    """Return what `bundle.json` says beside the files: all that a server needs, and where the network comes from."""
     assert run.source is not None
     collected = provenance.collect()
     content = {

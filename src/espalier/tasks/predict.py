@@ -66,7 +66,7 @@ def predict(
 
 
 def describe(run: Run, split: Split, runtime: str) -> dict[str, Any]:
-    """What decides every number in a shard."""
+    """Return what decides every number in a shard."""
     assert run.bundle is not None
     data = {str(key): str(value) for key, value in run.cfg.data.items() if key not in NOT_THE_DATA}
     return {

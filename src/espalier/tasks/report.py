@@ -54,7 +54,7 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
 
 
 def _choice(key: str, value: str | None, measured: list[str]) -> str | None:
-    """The value, if any run has it.
+    """Return the value, if any run has it.
 
     Raises:
         ConfigError: none has.

@@ -42,7 +42,7 @@ def require_credible(key: str, path: Path, content: Mapping[str, Any]) -> None:
 
 
 def require_described(key: str, path: Path, config: Any, spec: Any, ledger: Any) -> None:
-    """The same for what a bundle says; `path` is its folder."""
+    """Require the same of what a bundle says; `path` is its folder."""
     _require(key, path, _problems_of_words(config, spec, ledger))
 
 

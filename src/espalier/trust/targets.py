@@ -67,7 +67,7 @@ def check_stored(cfg: DictConfig, said: DictConfig | None = None) -> None:
 
 
 def _suspicions(node: Any, where: str, said: DictConfig | None) -> Iterator[str]:
-    """What a configuration out of a checkpoint may not ask for."""
+    """Yield what a configuration out of a checkpoint may not ask for."""
     group = where.partition(".")[0]
     shown = f"{where}={str(node)[:80]}"
     if isinstance(node, list):

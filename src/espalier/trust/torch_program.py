@@ -81,7 +81,7 @@ def _problems(path: Path) -> Iterator[str]:
 
 
 def _problems_of_program(node: Any) -> Iterator[str]:
-    """Walks all of the JSON, so that no place where torch looks is forgotten."""
+    """Walk all of the JSON, so that no place where torch looks is forgotten."""
     for key, value in node.items() if isinstance(node, dict) else ():
         is_text = isinstance(value, str)
         if key == "target" and is_text and (not _is_operator(value) or WITH_FILES.fullmatch(value)):
