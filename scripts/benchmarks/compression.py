@@ -229,7 +229,7 @@ def peers(folder: Path) -> None:
 
 
 def torch_pruning_alone(run: Run, stored: checkpoint.Checkpoint, target: Path) -> Path:
-    """Do as its documentation shows: half of the channels by group norm, then the same fine-tuning without a teacher."""
+    """Do as its documentation shows: half of all channels by group norm, then the same fine-tuning, no teacher."""
     import torch_pruning
 
     model = networks.trained(stored)
