@@ -12,7 +12,7 @@ import torch
 
 from conftest import QUICK, Command, command, launch, run_in
 from espalier.cli import entry
-from ranks import ranks
+from helpers.ranks import ranks
 
 MLP = ("model=mlp", "model.hidden=[32]", "data.batch_size=32", "trainer.max_epochs=2", *QUICK)
 ALONE = tuple(word.replace("batch_size=32", "batch_size=64") for word in MLP)  # the same global batches
@@ -64,7 +64,7 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ddp_ends_with_equal_weights_and_the_numbers_of_one_process(espalier: Command, tmp_path: Path):
     words = ("model=cnn", "data=digits", "trainer.max_epochs=3", "strategy=ddp_cpu")
-    spy = ("+callbacks.spy._target_=spy.Spy", f"+callbacks.spy.folder={tmp_path}", "logger=[csv]")
+    spy = ("+callbacks.spy._target_=helpers.record_rank.Spy", f"+callbacks.spy.folder={tmp_path}", "logger=[csv]")
     done = launch(tmp_path, "espalier.cli", "train", *words, *spy)
     assert done.returncode == 0, done.stderr
     run = run_in(tmp_path)

@@ -11,7 +11,7 @@ from conftest import Command, command
 from espalier.data.loaders import Order
 from espalier.errors import ConfigError, StoppedError
 from espalier.processes.global_batch import Split, follow
-from ranks import ranks
+from helpers.ranks import ranks
 from test_distributed import assert_close, losses, metrics, weights
 
 WORDS = (

@@ -11,7 +11,7 @@ from conftest import Command, launch, run_in
 from espalier.learners.divergence import Guard
 from espalier.learners.learner import Learner
 from espalier.reporting import report
-from harm import harmed
+from helpers.faulty_step import harmed
 
 MLP = ("model=mlp", "model.hidden=[16]", "logger=[csv]", "callbacks=[checkpoint,monitor]")
 NUM_BATCHES = 17  # per epoch: 1,151 training samples in batches of 64

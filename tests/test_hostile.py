@@ -12,11 +12,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import hostile
 from conftest import QUICK, Command, command, run_in
 from espalier.config import compose
 from espalier.errors import ConfigError
 from espalier.runs import remote
+from helpers import hostile
 
 TRAIN = ("train", "model=mlp", "model.hidden=[16]", "trainer.max_epochs=1", *QUICK)
 

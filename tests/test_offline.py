@@ -43,7 +43,7 @@ print(len(names))
 """
 RUN_ALL = """
 import json, sys
-import canary
+from helpers import secrets as canary
 canary.run(json.loads(sys.argv[1]))
 """
 SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=1")

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from conftest import command
 from espalier.spec import DataSpec
-from served import Server, linear_bundle, serving
+from helpers.server import Server, linear_bundle, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

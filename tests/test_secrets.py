@@ -8,10 +8,10 @@ import zipfile
 import pytest
 from omegaconf import OmegaConf
 
-from canary import CONTROL, FROM_VARIABLE, IN_DOTENV, IN_ENVIRONMENT, LOGIN, TYPED, contents, forms, found
 from conftest import launch
 from espalier.config import compose, inherit, redaction
 from espalier.errors import ConfigError
+from helpers.secrets import CONTROL, FROM_VARIABLE, IN_DOTENV, IN_ENVIRONMENT, LOGIN, TYPED, contents, forms, found
 
 SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=1", "callbacks=[checkpoint,monitor]")
 FAILING = (*SMALL, *LOGIN, "+callbacks.login.fails=true", "logger=[csv,wandb]")
@@ -42,7 +42,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What ten commands wrote and printed, with canaries wherever a secret may come from."""
     folder = tmp_path_factory.mktemp("canaries")
     (folder / ".env").write_text(f"HF_TOKEN={IN_DOTENV}\nexport SERVICE_SECRET='{IN_DOTENV}'\n")
-    done = launch(folder, "canary", json.dumps(list(COMMANDS)), **IN_ENVIRONMENT, WANDB_MODE="offline")
+    done = launch(folder, "helpers.secrets", json.dumps(list(COMMANDS)), **IN_ENVIRONMENT, WANDB_MODE="offline")
     assert re.findall(r"exit code (\d)", done.stdout) == list(map(str, COMMANDS.values())), done.stdout + done.stderr
     return {**dict(contents(folder)), "stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
 

@@ -23,7 +23,7 @@ from espalier.composition import networks
 from espalier.runs import checkpoint
 from espalier.runs.run_folder import EVALUATED
 from espalier.spec import DataSpec
-from served import Server, endless_bundle, linear_bundle, serving
+from helpers.server import Server, endless_bundle, linear_bundle, serving
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
 SPEC = DataSpec("pictures", (1, 2, 2), scale=16.0, mean=(0.0,), std=(1.0,), class_names=("dark", "bright"))

@@ -10,7 +10,7 @@ import torch
 from conftest import command, launch
 from espalier.errors import EspalierError
 from espalier.processes.stop_signal import requeue
-from ranks import ranks
+from helpers.ranks import ranks
 from test_resume import assert_same
 
 WORDS = (

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from canary import CONTROL, FROM_VARIABLE, IN_DOTENV, IN_ENVIRONMENT, LOGIN, TYPED, contents, forms, found
 from conftest import launch
+from helpers.secrets import CONTROL, FROM_VARIABLE, IN_DOTENV, IN_ENVIRONMENT, LOGIN, TYPED, contents, forms, found
 
 SECRETS = (*IN_ENVIRONMENT.values(), IN_DOTENV, TYPED)
 SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=2", "callbacks=[checkpoint,monitor]")

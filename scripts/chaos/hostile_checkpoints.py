@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/chaos/hostile_checkpoints.py [--seconds 1500]
 
-The cases are those of tests/hostile.py, made out of a network that is trained here. `serve` gets a bundle whose network
-is the hostile file. A resumed run has no address and a server no checkpoint, so there the address itself is refused.
+The cases are those of tests/helpers/hostile.py, made out of a network that is trained here. `serve` gets a bundle whose
+network is the hostile file. A resumed run has no address and a server no checkpoint, so there the address itself is refused.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-import hostile
 from conftest import QUICK, command
+from helpers import hostile
 
 TASKS = {
     "train source=": ("train", *QUICK),

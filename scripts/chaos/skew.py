@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from espalier.data import pictures
 from espalier.data.hub_images import HubImages
 from espalier.spec import DataSpec
-from served import Server, linear_bundle, serving
+from helpers.server import Server, linear_bundle, serving
 
 SIDE = 8
 BACKGROUND = "#205080"  # no grey, so that a forgotten one shows

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from espalier.cli import entry
 from espalier.data.loaders import Batch
 from espalier.learners.learner import Learner
-from harm import harmed
+from helpers.faulty_step import harmed
 
 whole = Learner.training_step
 harm, _, harmed_step = os.environ.get("HARM", "").partition("@")

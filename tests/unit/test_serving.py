@@ -32,7 +32,7 @@ from espalier.serving.protocol import Protocol
 from espalier.serving.settings import Settings
 from espalier.serving.timeouts import patiently
 from espalier.spec import DataSpec
-from served import bundle_of, endless_bundle, linear_bundle
+from helpers.server import bundle_of, endless_bundle, linear_bundle
 
 PICTURE = DataSpec("pictures", (1, 2, 2), scale=16.0, mean=(0.5,), std=(0.25,), class_names=("no", "yes"))
 TABLE = DataSpec("table", (3,), scale=1.0, mean=(1.0, 2.0, 3.0), std=(1.0, 2.0, 1.0), target_mean=10.0, target_std=2.0)

@@ -29,7 +29,7 @@ FROM_VARIABLE = (
     "+callbacks.login.token='${oc.env:HF_TOKEN}'",
     "+callbacks.login.phrase='${oc.env:MY_SERVICE_PASSWORD}'",
 )
-LOGIN = ("+callbacks.login._target_=canary.Login", f"+callbacks.login.note={CONTROL}", *FROM_VARIABLE)
+LOGIN = ("+callbacks.login._target_=helpers.secrets.Login", f"+callbacks.login.note={CONTROL}", *FROM_VARIABLE)
 
 
 class Login(L.Callback):

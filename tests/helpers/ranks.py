@@ -27,7 +27,7 @@ def ranks(folder: Path, *words: str, num: int = 2, before: str = "", **environme
     for number in range(num):
         own = {name: str(value) for name, value in {**shared, "LOCAL_RANK": number}.items()}
         own |= {name: value.format(rank=number) for name, value in environment.items()}
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **own}
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **own}
         output = folder / f"rank_{number}.txt"
         with output.open("w") as file:
             command = [sys.executable, "-c", f"{before}\nfrom espalier import cli\ncli.main()", *words]
