@@ -3,7 +3,8 @@
     .venv/bin/python scripts/chaos/hostile_checkpoints.py [--seconds 1500]
 
 The cases are those of tests/helpers/hostile.py, made out of a network that is trained here. `serve` gets a bundle whose
-network is the hostile file. A resumed run has no address and a server no checkpoint, so there the address itself is refused.
+network is the hostile file. A resumed run has no address and a server no checkpoint, so there the address itself is
+refused.
 """
 
 import argparse
