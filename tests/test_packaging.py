@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE = PROJECT["name"]
 LOCK = (ROOT / "requirements.lock").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
-SCRIPTS = ("audit", "bootstrap", "demo", "lint", "lock", "rename.py", "test")
+SCRIPTS = ("audit", "bootstrap", "demo", "docs", "lint", "lock", "rename.py", "test", "update")
 
 
 def requirements(text: str) -> list[Requirement]:
