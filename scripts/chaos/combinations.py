@@ -150,11 +150,11 @@ def _limits(draw: Draw, num_all: int) -> Length:
         num_batches = draw.random.randint(2, min(9, num_all))
         draw.say(f"trainer.limit_train_batches={num_batches}")
     if kind == "share":
-        share = round(draw.random.uniform(2.1 / num_all, min(1.0, 9 / num_all)), 3)
+        share = round(draw.random.uniform(min(1.0, 2.1 / num_all), min(1.0, 9 / num_all)), 3)
         num_batches = int(num_all * share)
         draw.say(f"trainer.limit_train_batches={share}")
     for split in ("val", "test"):
-        limit = draw.among(f"limit_{split}_batches", ("1.0", "1", "2", "0.5"), 3, 1, 1, 1)
+        limit = draw.among(f"limit_{split}_batches", ("1.0", "1", "2", "0.5"), 3, 1, 1, int(num_all >= 14))
         if limit != "1.0":
             draw.say(f"trainer.limit_{split}_batches={limit}")
     accumulated = draw.among("accumulate_grad_batches", (1, 2, 3), 3, 1, 1)

@@ -44,7 +44,10 @@ class Run(Parts):
             with shortage.explained(self.folder, self.cfg.data):
                 self._introduce()
                 instantiate(self.cfg.task, _partial_=True)(self)
-                return self.best_score if self.has_trained else None
+                if not self.has_trained:
+                    return None
+                trainer.discard_stopped(self.trainer)
+                return self.best_score
         except StoppedError:
             if self.cfg.requeue and is_first_rank():
                 requeue()

@@ -15,6 +15,7 @@ from espalier.errors import ConfigError
 from espalier.learners.position import FitLoop
 from espalier.loggers.fault_tolerant import Guarded
 from espalier.runs.checkpoint import CheckpointIO
+from espalier.runs.run_folder import RESUMED, RunFolder
 from espalier.strategies.environment import environments
 from espalier.strategies.precision import HalfNetwork
 
@@ -84,6 +85,16 @@ def kept(trainer: L.Trainer) -> Path | None:
     if isinstance(keeper, ModelCheckpoint) and keeper.save_last and trainer.global_step > 0:
         return Path(keeper.last_model_path)
     return None
+
+
+def discard_stopped(trainer: L.Trainer) -> None:
+    """Remove what a signal had saved of a run that keeps no last checkpoint, once the run is finished."""
+    keeper = trainer.checkpoint_callback
+    if isinstance(keeper, ModelCheckpoint) and not keeper.save_last and trainer.is_global_zero:
+        for name in RESUMED:
+            trainer.strategy.checkpoint_io.remove_checkpoint(
+                RunFolder(Path(trainer.default_root_dir)).checkpoints / name
+            )
 
 
 def best_score(trainer: L.Trainer) -> float | None:

@@ -35,7 +35,6 @@ class ExactTraining(L.LightningModule):
         self.guard = Guard()
         self.interrupt = Interrupt()
         self.signalled = Question()  # whether any of several processes has been
-        self.num_val_batches = 0  # of a validation before this process, which need not validate again
         self.validation: dict[str, Any] | None = None  # the last one: step, what decides which is best, and all metrics
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -49,6 +48,8 @@ class ExactTraining(L.LightningModule):
         self.guard.step = self.global_step
         self.train_sums = self.train_sums.to(self.device)
         self.interrupt.listen()
+        if self.trainer.enable_validation:  # Lightning counts its batches before the first one alone
+            self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
         self._scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.on_train_epoch_start()  # Lightning skips that hook where a run resumes in mid-epoch
         if self.validation:  # what callbacks look at when an epoch ends that has none of its own
@@ -146,7 +147,7 @@ class ExactTraining(L.LightningModule):
             accumulate=trainer.accumulate_grad_batches,
             num_batches=int(trainer.num_training_batches),
             val_check_batch=int(every) if every and math.isfinite(every) else 0,
-            num_val_batches=int(sum(trainer.num_val_batches)) or self.num_val_batches,
+            num_val_batches=int(sum(trainer.num_val_batches)),
         )
         return asdict(split)
 
@@ -155,9 +156,6 @@ class ExactTraining(L.LightningModule):
             self.trainer.should_stop = bool(checkpoint.get("has_stopped"))
             self.validation = checkpoint.get("validation")
         if batch_size := getattr(self.trainer.datamodule, "batch_size", None):  # type: ignore[attr-defined]
-            before = global_batch.of(checkpoint)
-            if before and before.samples == self.trainer.world_size * batch_size:
-                self.num_val_batches = before.num_val_batches
             global_batch.translate(checkpoint, self.trainer.world_size, batch_size)
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])

@@ -29,10 +29,10 @@ Trial = tuple[Path, Sequence[str], str]  # run folder, its overrides `key=value`
 
 
 def write(report: Report, folder: Path) -> None:
-    """`report.json` and `report.md` in `folder`, each either whole or untouched."""
+    """Write `report.md`, then `report.json`, by which a run is known as finished; each whole or not at all."""
     text = json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
-    files.write_text(folder / JSON_NAME, text + "\n")
     files.write_text(folder / MARKDOWN_NAME, markdown(report))
+    files.write_text(folder / JSON_NAME, text + "\n")
 
 
 def read(folder: Path) -> Report:

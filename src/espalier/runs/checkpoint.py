@@ -228,9 +228,9 @@ class CheckpointIO(TorchCheckpointIO):
                 log.warning("%s: not copied to %s, training goes on: %s", target, self.mirror.root, error)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete one that others have replaced; what is written in the background may be it."""
+        """Delete one that others have replaced, and its line in the list; it may be on its way in the background."""
         self.teardown()
-        super().remove_checkpoint(path)
+        storage.remove(Path(path))
         if self.mirror:
             try:
                 self.mirror.remove(Path(path).name)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from espalier.errors import ConfigError
+from espalier.runs import files
 from espalier.runs.files import draft_of, sha256, sync
 from espalier.runs.run_folder import BEST, LAST, PREVIOUS
 
@@ -113,6 +114,18 @@ class Folder:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file of a folder of checkpoints, and then its line in the list."""
+    path.unlink(missing_ok=True)
+    sums = path.with_name(SUMS)
+    if sums.is_file():
+        listed = sums.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in listed if line.rstrip("\n").partition("  ")[2] != path.name]
+        if kept != listed:
+            with files.replaced(sums) as draft:
+                draft.write_text("".join(kept), encoding="utf-8")
 
 
 def is_damaged(path: Path) -> bool:
