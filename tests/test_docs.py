@@ -286,17 +286,29 @@ def test_the_layers_in_the_docs_are_those_of_the_contract():
 
 
 def test_every_link_and_script_in_the_docs_exists():
-    links = [(page, target) for page in PAGES for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]
+    pages = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"))]
+    links = [(page, target) for page in pages for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]
     relative = [(page, target) for page, target in links if "://" not in target]
     assert len(relative) >= 15
     assert [f"{page.name}: {target}" for page, target in relative if not (page.parent / target).exists()] == []
-    paths = {path for page in PAGES for path in re.findall(r"\b(?:scripts|tests|src)/[\w/.]+\w", page.read_text())}
+    paths = {path for page in pages for path in re.findall(r"\b(?:scripts|tests|src)/[\w/.]+\w", page.read_text())}
     assert len(paths) > 10
     assert [path for path in sorted(paths) if not (ROOT / path).exists() and path not in FILES] == []
 
 
-def test_the_readme_fits_150_lines_and_names_every_page():
-    readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) < 150
+def test_the_readme_fits_100_lines_and_the_overview_names_every_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 100
+    overview = ROOT / "docs" / "overview.md"
+    assert f"docs/{overview.name}" in (ROOT / "README.md").read_text()
     assert len(PAGES) >= 11
-    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []
+    assert [page.name for page in PAGES[1:] if page != overview and f"({page.name})" not in overview.read_text()] == []
+
+
+def test_every_picture_of_the_docs_is_shown_and_small():
+    pictures = [*(ROOT / "docs" / "pictures").iterdir()]
+    assert len(pictures) >= 5
+    shown = {
+        (page.parent / path).resolve() for page in PAGES for path in re.findall(r"!\[.+?\]\((.*?)\)", page.read_text())
+    }
+    assert shown == set(pictures)
+    assert [picture.name for picture in pictures if picture.stat().st_size > 150_000] == []
