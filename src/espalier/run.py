@@ -155,5 +155,5 @@ class Run(Parts):
         if is_first_rank():
             tables = self.learner.measured.get("test", {}) if "learner" in self.__dict__ else {}
             results.draw(done, self.folder, tables, self.data.spec.class_names if tables else ())
-            results.publish(done, self.folder, self.loggers)
+            results.publish(done, self.folder, self.loggers, self.data.spec.name if "data" in self.__dict__ else "")
         return done

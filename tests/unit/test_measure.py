@@ -1,7 +1,9 @@
 import io
 import json
 import math
+import shlex
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+from espalier.config import overrides
 from espalier.profiling import cost
 from espalier.reporting import figures, provenance, report
 from espalier.spec import Report
@@ -121,6 +124,32 @@ def test_a_report_survives_the_file(tmp_path):
     report.write(sample_report(), tmp_path)
     assert report.read(tmp_path) == sample_report()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
+def test_the_markdown_says_by_which_command_when_and_on_what():
+    words = [
+        "/usr/bin/espalier",
+        "task=train",
+        "model=mlp",
+        "data.path='my \\'own\\' photos'",
+        "hydra.run.dir='/tmp/a run'",
+    ]
+    origin = {
+        **{"command": words, "git": {"commit": "0123456789", "dirty": True}, "python": "3.11.7"},
+        "packages": {"espalier": "0.1.0", "torch": "2.13.0", "numpy": "2.4"},
+        "hardware": {"cpu": "AMD EPYC", "cores": 2, "gpus": ["H200"]},
+    }
+    made = provenance.paragraph(origin, "photos", datetime(2026, 11, 27, 20, 43))
+    assert report.markdown(sample_report(), made).splitlines()[-1] == made
+    typed = made.partition("`")[2].partition("`")[0]
+    assert shlex.split(typed)[:3] == ["espalier", "train", "model=mlp"]
+    parsed = {word.key_or_group: word.value() for word in overrides.parse(shlex.split(typed)[2:])}
+    assert parsed["hydra.run.dir"] == "/tmp/a run"
+    assert str(parsed["data.path"]) == "my 'own' photos"
+    assert made.partition("`, ")[2] == (
+        "2026-11-27 20:43, on photos; espalier 0.1.0, torch 2.13.0 (0123456, changed), Python 3.11.7; "
+        "AMD EPYC with 2 cores, H200."
+    )
 
 
 def test_report_json_has_the_documented_keys(tmp_path):

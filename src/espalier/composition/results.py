@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from espalier.loggers.wandb_log import log_report
 from espalier.reporting import figures, provenance, report, terminal
 from espalier.spec import Report
 
+PROVENANCE = "provenance.json"
 PROFILE = "profile"  # in the names of a profiler's files
 
 
@@ -26,7 +28,7 @@ def record(folder: Path, config: Mapping[str, Any], words: Sequence[str], *, is_
     OmegaConf.save(OmegaConf.create(dict(config)), folder / "config.yaml")
     if not (is_resumed and (folder / "overrides.yaml").exists()):  # the words that made the run, not those that go on
         OmegaConf.save(OmegaConf.create(redaction.scrub_words(words)), folder / "overrides.yaml")
-    (folder / "provenance.json").write_text(json.dumps(provenance.collect(), indent=2) + "\n")
+    (folder / PROVENANCE).write_text(json.dumps(provenance.collect(), indent=2) + "\n")
 
 
 def draw(done: Report, folder: Path, tables: Mapping[str, Tensor], class_names: Sequence[str]) -> None:
@@ -43,11 +45,14 @@ def draw(done: Report, folder: Path, tables: Mapping[str, Tensor], class_names: 
         figures.predicted_vs_true(predicted, true, folder / "figures" / "predictions.png")
 
 
-def publish(done: Report, folder: Path, loggers: Iterable[Logger]) -> None:
-    """Hand a report to the loggers, write it, and show its table to the user."""
+def publish(done: Report, folder: Path, loggers: Iterable[Logger], data: str) -> None:
+    """Hand a report on these data to the loggers, write it, and show its table to the user."""
     for logger in loggers:
         log_report(logger, done)
-    report.write(done, folder)  # last: a folder with a report is a finished run
+    stored = folder / PROVENANCE  # of tasks that train
+    origin = json.loads(stored.read_text()) if stored.exists() else provenance.collect()
+    made = provenance.paragraph(origin, data, datetime.now().astimezone())
+    report.write(done, folder, made)  # last: a folder with a report is a finished run
     console = terminal.console()
     console.print(report.table(done, console.width))
     for profile in sorted(folder.glob(f"*-{PROFILE}.txt")):

@@ -3,16 +3,20 @@
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from espalier.config import redaction
+from espalier.config import overrides, redaction
 
+SAID = ("espalier", "torch", "lightning")  # versions that a report names; provenance.json has more
 SOURCE = Path(__file__).resolve().parents[1]
 PACKAGES = (
     *("espalier", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scikit-learn"),
@@ -32,6 +36,26 @@ def collect() -> dict[str, Any]:
         "hardware": hardware(),
         "lock_sha256": lock_sha256(SOURCE),
     }
+
+
+def paragraph(origin: Mapping[str, Any], data: str, when: datetime) -> str:
+    """Return what `collect` found as a sentence of Markdown: command, date, data, versions, hardware."""
+    task, *words = [word.removeprefix("task=") for word in origin["command"][1:] or ["?"]]
+    typed = " ".join(["espalier", task, *map(_typed, words)]).replace("`", "'")
+    commit, hardware = origin["git"], origin["hardware"]
+    changed = ", changed" if commit and commit["dirty"] else ""
+    at = f" ({commit['commit'][:7]}{changed})" if commit else ""
+    versions = ", ".join(f"{name} {origin['packages'][name]}" for name in SAID if name in origin["packages"])
+    devices = ", ".join([f"{hardware['cpu'] or 'CPU'} with {hardware['cores']} cores", *hardware["gpus"]])
+    return (
+        f"Made by `{typed}`, {when:%Y-%m-%d %H:%M}{f', on {data}' * bool(data)}; {versions}{at}, "
+        f"Python {origin['python']}; {devices}."
+    )
+
+
+def _typed(word: str) -> str:
+    key, equals, value = word.partition("=")
+    return overrides.typed(key, overrides.unquoted(value)) if equals and key in overrides.TEXTS else shlex.quote(word)
 
 
 def git(folder: Path) -> dict[str, Any] | None:

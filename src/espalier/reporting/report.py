@@ -28,10 +28,13 @@ DONE = "done"
 Trial = tuple[Path, Sequence[str], str]  # run folder, its overrides `key=value`, DONE or why it failed
 
 
-def write(report: Report, folder: Path) -> None:
-    """Write `report.md`, then `report.json`, by which a run is known as finished; each whole or not at all."""
+def write(report: Report, folder: Path, made: str = "") -> None:
+    """Write `report.md`, then `report.json`, by which a run is known as finished; each whole or not at all.
+
+    `made` is a paragraph of `report.md`: by which command the numbers came about, on what.
+    """
     text = json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
-    files.write_text(folder / MARKDOWN_NAME, markdown(report))
+    files.write_text(folder / MARKDOWN_NAME, markdown(report, made))
     files.write_text(folder / JSON_NAME, text + "\n")
 
 
@@ -64,7 +67,7 @@ def table(report: Report, width: int = TABLE_WIDTH) -> RenderableType:
     return Group(*[grid_of(_without_empty_rows(names, columns)) for columns in grids if columns], *remarks)
 
 
-def markdown(report: Report) -> str:
+def markdown(report: Report, made: str = "") -> str:
     """Return the same table and remarks, for `report.md` and for pull requests."""
     metrics, costs = columns_of(report)
     columns = {**metrics, **costs}
@@ -74,7 +77,7 @@ def markdown(report: Report) -> str:
     lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
     lines += ["", f"Seed {report.seed}." + (f" Source: `{report.source}`." if report.source else "")]
     lines += [f"* {line}" for line in _remarks(report)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(["", made] if made else [])]) + "\n"
 
 
 def trials(finished: Sequence[Trial]) -> Table:
