@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from conftest import QUICK, Command
 from espalier.cli import folders
@@ -215,6 +217,19 @@ def test_the_compression_of_the_guide_leaves_nothing_but_powers_of_two(espalier:
         assert (fraction == 0.5).all()
         assert exponent.unique().tolist() == [*range(exponent.max() - 4, exponent.max() + 1)]
     assert "no layer runs in integers: onnxruntime computes in float" in report.read(folder).notes
+
+
+def test_the_examples_of_the_python_page_run(espalier: Command):
+    examples = blocks(ROOT / "docs" / "python.md", "python")
+    assert len(examples) >= 4
+    Image.new("L", (20, 20), 90).save("seven.png")
+    Path("patients.csv").write_text("\n".join(",".join(map(str, range(10))) for _ in range(3)))
+    names: dict[str, Any] = {}
+    for text in examples:
+        if '"exported"' in text:
+            assert espalier("export", "source=latest", "hydra.run.dir=exported").code == 0
+        exec(compile(text, "docs/python.md", "exec"), names)
+    assert names["run"].metrics["test/accuracy"] > 0.2
 
 
 def test_every_option_is_named_in_the_docs():

@@ -103,7 +103,7 @@ def _dispatch(words: Sequence[str]) -> int:
         return 0
     task = _task_of(sys.argv)
     with signals.heeded(task):
-        return _compose_and_run()
+        return compose_and_run()
 
 
 def _version() -> str:
@@ -113,13 +113,18 @@ def _version() -> str:
     return f"{NAME} {metadata.version(NAME)} ({', '.join(versions)}, Python {python})"
 
 
-def _compose_and_run() -> int:
+def compose_and_run() -> int:
+    """Run what `sys.argv` says and return the exit code; `last_ended` knows the folder.
+
+    Raises:
+        EspalierError: it cannot work, failed, diverged or was stopped.
+    """
     import hydra
 
     from espalier.cli import folders
     from espalier.config import compose
 
-    _refuse_unsafe_loading()
+    refuse_unsafe_loading()
     flags, words = _split_flags(sys.argv[1:])
     redaction.refuse(words)
     words = folders.settle(words, _task_of(words))
@@ -148,7 +153,7 @@ def _compose_and_run() -> int:
     return 0
 
 
-def _refuse_unsafe_loading() -> None:
+def refuse_unsafe_loading() -> None:
     """Raise `ConfigError` if the environment tells torch to run whatever a checkpoint holds."""
     value = os.environ.get(UNSAFE, "")
     if value.lower() in ("1", "y", "yes", "true"):  # as torch reads it
@@ -215,10 +220,15 @@ class Ended:
 _ended: list[Ended] = []
 
 
+def last_ended() -> Path:
+    """Return the folder of the run that this process has ended last."""
+    return _ended[-1].folder
+
+
 def _job(cfg: "DictConfig") -> float | None:
     """One run, or one trial of a sweep; returns what a sweep optimises.
 
-    Errors are kept for `_compose_and_run`: Hydra would print them in its own way, and what it raises itself is then
+    Errors are kept for `compose_and_run`: Hydra would print them in its own way, and what it raises itself is then
     about composing alone. Launchers that run trials in other processes hand errors over themselves.
     """
     from hydra.core.hydra_config import HydraConfig
