@@ -1,5 +1,6 @@
 """The documentation is true: its commands pass the check, its examples run, its numbers are those of the code."""
 
+import ast
 import json
 import re
 import shlex
@@ -230,6 +231,27 @@ def test_the_examples_of_the_python_page_run(espalier: Command):
             assert espalier("export", "source=latest", "hydra.run.dir=exported").code == 0
         exec(compile(text, "docs/python.md", "exec"), names)
     assert names["run"].metrics["test/accuracy"] > 0.2
+
+
+def test_the_notebook_was_run_and_uses_names_that_exist():
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 6
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    sources = ["".join(cell["source"]) for cell in code]
+    python = "\n".join(line for text in sources for line in text.splitlines() if not line.startswith("!"))
+    package = import_module(PACKAGE)
+    for node in ast.walk(ast.parse(python)):
+        if isinstance(node, ast.ImportFrom):
+            assert all(hasattr(import_module(str(node.module)), each.name) for each in node.names)
+        if isinstance(node, ast.Import):
+            assert all(import_module(each.name) for each in node.names)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == PACKAGE:
+            assert hasattr(package, node.attr)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("run", "bundle"):
+            assert node.attr in {*dir(package.Loaded), *package.Loaded.__dataclass_fields__}
+    [shell] = [text for text in sources if text.startswith("!")]
+    assert TYPED.match(shell.removeprefix("!"))
 
 
 def test_every_option_is_named_in_the_docs():
