@@ -92,11 +92,13 @@ def _dispatch(words: Sequence[str]) -> int:
         print(_version())
         return 0
     verb = words[0]
+    if verb == help_pages.RUNS:
+        return _runs(words[1:])
     if "=" not in verb and not verb.startswith("-"):
         if verb not in tasks:
-            close = get_close_matches(verb, tasks, n=1)
+            close = get_close_matches(verb, [*tasks, help_pages.RUNS], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{verb}: no such task{hint}; a task is one of {', '.join(tasks)}")
+            raise ConfigError(f"{verb}: no such task{hint}; a task is one of {', '.join(tasks)}, or {help_pages.RUNS}")
         sys.argv[1] = f"task={verb}"
     if "--help" in words or "-h" in words:
         print(help_pages.help_page(verb, words[-1]))
@@ -104,6 +106,16 @@ def _dispatch(words: Sequence[str]) -> int:
     task = _task_of(sys.argv)
     with signals.heeded(task):
         return compose_and_run()
+
+
+def _runs(words: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(help_pages.runs_page())
+        return 0
+    from espalier.cli import runs
+
+    with signals.heeded(help_pages.RUNS):
+        return runs.main(words)
 
 
 def _version() -> str:

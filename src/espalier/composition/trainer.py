@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -84,6 +85,14 @@ def kept(trainer: L.Trainer) -> Path | None:
     if isinstance(keeper, ModelCheckpoint) and keeper.save_last and trainer.global_step > 0:
         return Path(keeper.last_model_path)
     return None
+
+
+def monitored(trainer: L.Trainer) -> dict[str, Any] | None:
+    """Return name, direction and value of the metric that the best checkpoint was chosen by; None where none was."""
+    keeper, score = trainer.checkpoint_callback, best_score(trainer)
+    if score is None or not isinstance(keeper, ModelCheckpoint):
+        return None
+    return {"metric": keeper.monitor, "mode": keeper.mode, "value": score}
 
 
 def best_score(trainer: L.Trainer) -> float | None:
