@@ -330,8 +330,10 @@ class Run:
         """Report what was measured: files, figures, loggers, and the table that the user sees."""
         source = str(self.sources[0].path) if self.sources else None
         found = self.data.notes if "data" in self.__dict__ else []
-        chosen = self.monitored if self.has_trained else None
-        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, [*notes, *found], chosen)
+        warnings = [f"no result: {self.cfg.no_result}"] if self.cfg.no_result else []
+        chosen = self.monitored if self.has_trained and not warnings else None
+        said = [*warnings, *notes, *found]
+        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, said, chosen)
         if is_first_rank():
             tables = self.learner.measured.get("test", {}) if "learner" in self.__dict__ else {}
             results.draw(done, self.folder, tables, self.data.spec.class_names if tables else ())
