@@ -176,8 +176,8 @@ def test_the_search_for_commands_and_files_finds_them():
     assert any("source=" in words for words in COMMANDS)
     assert any("resume=" in words for words in COMMANDS)
     assert len(REFUSED) >= 3
-    assert len([path for path in FILES if path.endswith(".py")]) == 6
-    assert len([path for path in FILES if path.endswith(".yaml")]) == 7
+    assert len([path for path in FILES if path.endswith(".py")]) == 7
+    assert len([path for path in FILES if path.endswith(".yaml")]) == 8
 
 
 @pytest.mark.usefixtures("extended")
@@ -195,6 +195,19 @@ def test_the_models_of_the_guide_learn_digits(espalier: Command, model: str):
     assert espalier("train", f"model={model}", "optimizer.lr=0.02", "trainer.max_epochs=3", *QUICK).code == 0
     [row] = report.read(max(Path().glob("logs/train/*"))).rows
     assert row["metrics"]["test/accuracy"] > 0.8
+
+
+@pytest.mark.usefixtures("extended")
+def test_the_loss_and_the_metric_of_the_guide_train_and_are_measured_again(espalier: Command):
+    words = ("model=mlp", "trainer.max_epochs=2", *QUICK)
+    assert espalier("train", "learner=focal", *words, "hydra.run.dir=focal").code == 0
+    assert espalier("train", *words[:2], *QUICK, "hydra.run.dir=plain").code == 0
+    focal, plain = report.read(Path("focal")), report.read(Path("plain"))
+    metrics = focal.rows[0]["metrics"]
+    assert 0 < metrics["test/loss"] < plain.rows[0]["metrics"]["test/loss"]  # easy samples count less
+    assert metrics.keys() - plain.rows[0]["metrics"].keys() == {"test/recall"}
+    assert espalier("evaluate", "source=focal", "hydra.run.dir=again", *QUICK[:1]).code == 0
+    assert report.read(Path("again")).rows[0]["metrics"] == metrics
 
 
 @pytest.mark.usefixtures("extended")
