@@ -100,7 +100,7 @@ def test_what_does_not_compose_is_answered_without_torch(tmp_path: Path, words: 
     ("line", "expected"),
     [
         ("espalier tr", {"train"}),
-        ("espalier ", set(conf_dir.groups()["task"])),
+        ("espalier ", {*conf_dir.groups()["task"], "runs"}),
         ("espalier train mod", {"model=", "model."}),
         ("espalier train model=", {"model=cnn", "model=mlp", "model=resnet", "model=vit", "model=densenet"}),
         ("espalier train model=mlp optimizer=ad", {"optimizer=adam", "optimizer=adamw", "optimizer=adafactor"}),

@@ -1,5 +1,6 @@
 """The documentation is true: its commands pass the check, its examples run, its numbers are those of the code."""
 
+import ast
 import json
 import re
 import shlex
@@ -9,14 +10,16 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from conftest import QUICK, Command
-from espalier.cli import folders
+from espalier.cli import folders, help_pages
 from espalier.compression.base import check_recipe
 from espalier.config import check, compose, conf_dir, inherit, overrides
 from espalier.reporting import report
@@ -144,6 +147,9 @@ def test_a_documented_command_passes_the_check(text: str):
     if not words:
         return
     task, *others = words
+    if task == help_pages.RUNS:
+        assert {word.partition("=")[0] for word in others} <= {*help_pages.RUNS_KEYS, help_pages.YES}
+        return
     assert task in conf_dir.groups()["task"]
     for trial in overrides.trials(others) if "-m" in flags else [others]:
         cfg = composed(f"task={task}", *trial)
@@ -170,8 +176,8 @@ def test_the_search_for_commands_and_files_finds_them():
     assert any("source=" in words for words in COMMANDS)
     assert any("resume=" in words for words in COMMANDS)
     assert len(REFUSED) >= 3
-    assert len([path for path in FILES if path.endswith(".py")]) == 6
-    assert len([path for path in FILES if path.endswith(".yaml")]) == 7
+    assert len([path for path in FILES if path.endswith(".py")]) == 7
+    assert len([path for path in FILES if path.endswith(".yaml")]) == 8
 
 
 @pytest.mark.usefixtures("extended")
@@ -189,6 +195,19 @@ def test_the_models_of_the_guide_learn_digits(espalier: Command, model: str):
     assert espalier("train", f"model={model}", "optimizer.lr=0.02", "trainer.max_epochs=3", *QUICK).code == 0
     [row] = report.read(max(Path().glob("logs/train/*"))).rows
     assert row["metrics"]["test/accuracy"] > 0.8
+
+
+@pytest.mark.usefixtures("extended")
+def test_the_loss_and_the_metric_of_the_guide_train_and_are_measured_again(espalier: Command):
+    words = ("model=mlp", "trainer.max_epochs=2", *QUICK)
+    assert espalier("train", "learner=focal", *words, "hydra.run.dir=focal").code == 0
+    assert espalier("train", *words[:2], *QUICK, "hydra.run.dir=plain").code == 0
+    focal, plain = report.read(Path("focal")), report.read(Path("plain"))
+    metrics = focal.rows[0]["metrics"]
+    assert 0 < metrics["test/loss"] < plain.rows[0]["metrics"]["test/loss"]  # easy samples count less
+    assert metrics.keys() - plain.rows[0]["metrics"].keys() == {"test/recall"}
+    assert espalier("evaluate", "source=focal", "hydra.run.dir=again", *QUICK[:1]).code == 0
+    assert report.read(Path("again")).rows[0]["metrics"] == metrics
 
 
 @pytest.mark.usefixtures("extended")
@@ -215,6 +234,40 @@ def test_the_compression_of_the_guide_leaves_nothing_but_powers_of_two(espalier:
         assert (fraction == 0.5).all()
         assert exponent.unique().tolist() == [*range(exponent.max() - 4, exponent.max() + 1)]
     assert "no layer runs in integers: onnxruntime computes in float" in report.read(folder).notes
+
+
+def test_the_examples_of_the_python_page_run(espalier: Command):
+    examples = blocks(ROOT / "docs" / "python.md", "python")
+    assert len(examples) >= 4
+    Image.new("L", (20, 20), 90).save("seven.png")
+    Path("patients.csv").write_text("\n".join(",".join(map(str, range(10))) for _ in range(3)))
+    names: dict[str, Any] = {}
+    for text in examples:
+        if '"exported"' in text:
+            assert espalier("export", "source=latest", "hydra.run.dir=exported").code == 0
+        exec(compile(text, "docs/python.md", "exec"), names)
+    assert names["run"].metrics["test/accuracy"] > 0.2
+
+
+def test_the_notebook_was_run_and_uses_names_that_exist():
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 6
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    sources = ["".join(cell["source"]) for cell in code]
+    python = "\n".join(line for text in sources for line in text.splitlines() if not line.startswith("!"))
+    package = import_module(PACKAGE)
+    for node in ast.walk(ast.parse(python)):
+        if isinstance(node, ast.ImportFrom):
+            assert all(hasattr(import_module(str(node.module)), each.name) for each in node.names)
+        if isinstance(node, ast.Import):
+            assert all(import_module(each.name) for each in node.names)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == PACKAGE:
+            assert hasattr(package, node.attr)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("run", "bundle"):
+            assert node.attr in {*dir(package.Loaded), *package.Loaded.__dataclass_fields__}
+    [shell] = [text for text in sources if text.startswith("!")]
+    assert TYPED.match(shell.removeprefix("!"))
 
 
 def test_every_option_is_named_in_the_docs():

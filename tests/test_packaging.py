@@ -138,6 +138,7 @@ def test_the_wheel_ships_every_option_of_conf_and_every_module(unpacked):
     for here, there, pattern, least in [
         ("conf", inside / "conf", "*.yaml", 50),
         (f"src/{PACKAGE}", inside, "*.py", 50),
+        (f"src/{PACKAGE}", inside, "py.typed", 1),
         (Path("src", PACKAGE, *page), inside.joinpath(*page), "*.*", 3),
     ]:
         wanted = {path.relative_to(ROOT / here) for path in (ROOT / here).rglob(pattern)}
@@ -147,7 +148,8 @@ def test_the_wheel_ships_every_option_of_conf_and_every_module(unpacked):
 
 def test_an_installed_wheel_composes_from_the_configuration_that_it_ships(unpacked, tmp_path):
     """`-P` and PYTHONPATH put the wheel before the editable checkout, as if only the wheel were installed."""
-    words = [sys.executable, "-P", "-c", f"from {PACKAGE} import catalog, cli; print(catalog.CONF); cli.main()"]
+    program = f"from {PACKAGE} import cli; from {PACKAGE}.config import conf_dir; print(conf_dir.CONF); cli.main()"
+    words = [sys.executable, "-P", "-c", program]
     done = subprocess.run(
         [*words, "train", "model=mlp", "--cfg", "job"],
         cwd=tmp_path,

@@ -99,6 +99,11 @@ class Run(Parts):
         """The monitored metric of the best checkpoint; None where nothing was saved."""
         return trainer.best_score(self.trainer)
 
+    @property
+    def monitored(self) -> dict[str, Any] | None:
+        """The metric that the best checkpoint was chosen by, its direction and value; None where nothing was saved."""
+        return trainer.monitored(self.trainer)
+
     def cost(self, weights: Path | None) -> dict[str, Any]:
         """Name, runtime and counted cost of the network in a checkpoint file, or of the present one."""
         model = networks.trained(checkpoint.load("source", weights)) if weights else self.learner.model
@@ -151,7 +156,10 @@ class Run(Parts):
         """Report what was measured: files, figures, loggers, and the table that the user sees."""
         source = str(self.sources[0].path) if self.sources else None
         found = self.data.notes if "data" in self.__dict__ else []
-        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, [*notes, *found])
+        warnings = [f"no result: {self.cfg.no_result}"] if self.cfg.no_result else []
+        chosen = self.monitored if self.has_trained and not warnings else None
+        said = [*warnings, *notes, *found]
+        done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, said, chosen)
         if is_first_rank():
             tables = self.learner.measured.get("test", {}) if "learner" in self.__dict__ else {}
             results.draw(done, self.folder, tables, self.data.spec.class_names if tables else ())

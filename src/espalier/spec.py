@@ -92,6 +92,7 @@ class Report:
     rows: list[dict[str, Any]]
     ratios: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    monitored: dict[str, Any] | None = None  # metric, mode and value by which a training chose its best checkpoint
     schema: int = 1
 
     def to_dict(self) -> dict[str, Any]:

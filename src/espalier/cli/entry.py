@@ -84,18 +84,30 @@ def _dispatch(words: Sequence[str]) -> int:
         print(_version())
         return 0
     verb = words[0]
+    if verb == help_pages.RUNS:
+        return _runs(words[1:])
     if "=" not in verb and not verb.startswith("-"):
         if verb not in tasks:
-            close = get_close_matches(verb, tasks, n=1)
+            close = get_close_matches(verb, [*tasks, help_pages.RUNS], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{verb}: no such task{hint}; a task is one of {', '.join(tasks)}")
+            raise ConfigError(f"{verb}: no such task{hint}; a task is one of {', '.join(tasks)}, or {help_pages.RUNS}")
         sys.argv[1] = f"task={verb}"
     if "--help" in words or "-h" in words:
         print(help_pages.help_page(verb, words[-1]))
         return 0
     task = _task_of(sys.argv)
     with signals.heeded(task):
-        return _compose_and_run()
+        return compose_and_run()
+
+
+def _runs(words: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(help_pages.runs_page())
+        return 0
+    from espalier.cli import runs
+
+    with signals.heeded(help_pages.RUNS):
+        return runs.main(words)
 
 
 def _version() -> str:
@@ -105,13 +117,18 @@ def _version() -> str:
     return f"{NAME} {metadata.version(NAME)} ({', '.join(versions)}, Python {python})"
 
 
-def _compose_and_run() -> int:
+def compose_and_run() -> int:
+    """Run what `sys.argv` says and return the exit code; `last_ended` knows the folder.
+
+    Raises:
+        EspalierError: it cannot work, failed, diverged or was stopped.
+    """
     import hydra
 
     from espalier.cli import folders
     from espalier.config import compose
 
-    _refuse_unsafe_loading()
+    refuse_unsafe_loading()
     flags, words = _split_flags(sys.argv[1:])
     redaction.refuse(words)
     if "resume=auto" in words and {"-m", "--multirun"} & set(flags):
@@ -145,7 +162,7 @@ def _compose_and_run() -> int:
     return 0
 
 
-def _refuse_unsafe_loading() -> None:
+def refuse_unsafe_loading() -> None:
     """Raise `ConfigError` if the environment tells torch to run whatever a checkpoint holds."""
     value = os.environ.get(UNSAFE, "")
     if value.lower() in ("1", "y", "yes", "true"):  # as torch reads it

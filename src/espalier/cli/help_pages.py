@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from espalier.config import conf_dir
 from espalier.errors import ConfigError
+from espalier.runs.states import STATES
 
 EXAMPLES = """\
   espalier train                                            a small residual network on handwritten digits, in a minute
@@ -18,9 +19,22 @@ FLAGS = """\
   -sc install=bash print the shell code for tab completion: eval "$(espalier -sc install=bash)\""""
 
 
+RUNS = "runs"  # a command that is no task
+RUNS_SUMMARY = "List the runs below logs/, sort them by a metric, delete some."
+YES = "--yes"
+RUNS_KEYS = {
+    "logs": "folder whose runs are listed [logs]",
+    "task": "those of one task, such as train",
+    "state": f"those of one state: {', '.join(STATES)}",
+    "sort": "the best first by a metric, such as test/accuracy; or size, the largest first",
+    "delete": "delete RUN,RUN or all that are failed, stopped or finished, after showing them",
+}
+
+
 def overview(tasks: Sequence[str]) -> str:
     """Return the tasks, a line each, and three examples."""
     lines = [f"  espalier {task:<10} {conf_dir.summary('task', task)}" for task in tasks]
+    lines.append(f"  espalier {RUNS:<10} {RUNS_SUMMARY}")
     return "\n".join(["Tasks (`espalier TASK --help` for the rest):", *lines, "", "Examples:", EXAMPLES])
 
 
@@ -50,6 +64,13 @@ def help_page(verb: str, group: str) -> str:
     )
 
 
+def runs_page() -> str:
+    """Keys and flags of `espalier runs`."""
+    keys = [f"  {key + '=':<9} {what}" for key, what in RUNS_KEYS.items()]
+    flags = [f"  {YES}     delete without a question, where nobody can be asked"]
+    return "\n".join([f"espalier {RUNS} [KEY=VALUE] ...   {RUNS_SUMMARY}", "", "Keys:", *keys, "", "Flags:", *flags])
+
+
 def _top_level_lines() -> list[str]:
     lines = (conf_dir.CONF / "config.yaml").read_text().splitlines()
     return [line for line in lines if line and not line.startswith((" ", "#", "defaults"))]
@@ -58,7 +79,9 @@ def _top_level_lines() -> list[str]:
 def candidates(typed: Sequence[str], word: str, tasks: Sequence[str]) -> list[str]:
     """Return what `word` can grow into: a task, an option of a group, or the name of a group or key."""
     if not typed:
-        return [task for task in tasks if task.startswith(word)]
+        return [task for task in [*tasks, RUNS] if task.startswith(word)]
+    if typed[0] == RUNS:
+        return _of_runs(word, tasks)
     groups = conf_dir.groups()
     group, equals, start = word.rpartition("=")
     if equals:
@@ -74,6 +97,14 @@ def candidates(typed: Sequence[str], word: str, tasks: Sequence[str]) -> list[st
     level = word.count(".")  # one level of names at a time, as for folders
     names = {f"{name}=" for name in [*groups, *keys] if name.startswith(word) and name.count(".") == level}
     return sorted(names | {f"{key}." for key in _parents(keys) if key.count(".") == level})
+
+
+def _of_runs(word: str, tasks: Sequence[str]) -> list[str]:
+    key, equals, start = word.partition("=")
+    values = {"state": STATES, "task": tasks}.get(key, ())
+    whole = [f"{key}={value}" for value in values if value.startswith(start)]
+    names = [*(f"{each}=" for each in RUNS_KEYS), YES]
+    return whole if equals else [name for name in names if name.startswith(word)]
 
 
 def _parents(keys: Sequence[str]) -> set[str]:

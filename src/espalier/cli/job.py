@@ -39,6 +39,11 @@ class Ended:
 ended: list[Ended] = []
 
 
+def last_ended() -> Path:
+    """Return the folder of the run that this process has ended last."""
+    return ended[-1].folder
+
+
 def carry_out(cfg: "DictConfig") -> float | None:
     """One run, or one trial of a sweep; returns what a sweep optimises.
 

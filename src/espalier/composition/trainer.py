@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -88,13 +89,22 @@ def kept(trainer: L.Trainer) -> Path | None:
 
 
 def discard_stopped(trainer: L.Trainer) -> None:
-    """Remove what a signal had saved of a run that keeps no last checkpoint, once the run is finished."""
+    """Remove what a signal had saved of a run that keeps its best and not its last, once the run is finished."""
     keeper = trainer.checkpoint_callback
-    if isinstance(keeper, ModelCheckpoint) and not keeper.save_last and trainer.is_global_zero:
-        for name in RESUMED:
-            trainer.strategy.checkpoint_io.remove_checkpoint(
-                RunFolder(Path(trainer.default_root_dir)).checkpoints / name
-            )
+    if not isinstance(keeper, ModelCheckpoint) or keeper.save_last or not kept(trainer) or not trainer.is_global_zero:
+        return
+    for name in RESUMED:
+        path = RunFolder(Path(trainer.default_root_dir)).checkpoints / name
+        if path.exists():
+            trainer.strategy.checkpoint_io.remove_checkpoint(path)
+
+
+def monitored(trainer: L.Trainer) -> dict[str, Any] | None:
+    """Return name, direction and value of the metric that the best checkpoint was chosen by; None where none was."""
+    keeper, score = trainer.checkpoint_callback, best_score(trainer)
+    if score is None or not isinstance(keeper, ModelCheckpoint):
+        return None
+    return {"metric": keeper.monitor, "mode": keeper.mode, "value": score}
 
 
 def best_score(trainer: L.Trainer) -> float | None:

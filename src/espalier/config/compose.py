@@ -34,6 +34,7 @@ class RunConfig:
     source: str | None = None
     resume: str | None = None
     requeue: bool = False
+    no_result: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     learner: dict[str, Any] = field(default_factory=dict)

@@ -8,7 +8,13 @@ PACKAGED = Path(__file__).parents[1] / "conf"  # inside a wheel
 CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[3] / "conf"
 TRAINS = ("train", "compress")  # the tasks that train: they take a recipe, and are stopped, resumed and requeued
 
-ADDED = {"data": {"espalier.data.hub_images.HubImages": {"background": "black", "broken": "refuse"}}}  # see `completed`
+ADDED: dict[str, dict[str, dict[str, Any]]] = {  # see `completed`
+    "data": {"espalier.data.hub_images.HubImages": {"background": "black", "broken": "refuse"}},
+    "learner": {
+        "espalier.learners.classifier.Classifier": {"loss": None, "metrics": {}},
+        "espalier.learners.regressor.Regressor": {"metrics": {}},
+    },
+}
 
 MOVED = {  # modules of targets, by the names that configurations of version 0.1 hold
     "espalier.callbacks.csv_log": "espalier.loggers.csv_log",

@@ -1,6 +1,5 @@
 """The words of a command line, `KEY=VALUE`: what Hydra reads in them, and how a text is written so that it reads it."""
 
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -10,11 +9,12 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quot
 from hydra.errors import HydraException, OverrideParseException
 
 from espalier.config.conf_dir import groups
+from espalier.config.home import at_home
 from espalier.errors import ConfigError
 
 TEXTS = ("source", "resume", "hydra.run.dir", "hydra.sweep.dir")  # keys whose value is text, quoted or not
 FORCED = "++"  # before a key: of Hydra, for one that need not be there
-WITH_MEANING = ("", "null", "auto", "latest")  # values of those keys that name no path
+WITH_MEANING = ("", "null", "auto", "latest", "best")  # values of those keys that name no path
 
 
 def quoted(text: str) -> str:
@@ -32,11 +32,6 @@ def unquoted(value: str) -> str:
     except HydraException:
         return value
     return re.sub(r"(\\+)\$\{", lambda found: f"{found[1][len(found[1]) // 2 + 1 :]}${{", str(parsed))
-
-
-def at_home(path: str) -> str:
-    """Return the path with its `~` replaced, which a shell does at the beginning of a word alone."""
-    return os.path.expanduser(path)  # noqa: PTH111  Path's raises for ~nobody
 
 
 def folder_word(key: str, value: str) -> str:

@@ -1,6 +1,6 @@
 """Classification with cross entropy. Letters: B batch, K classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -18,6 +18,7 @@ from torchmetrics.classification import (
 
 from espalier.config.ranges import Rate
 from espalier.data.loaders import Batch
+from espalier.learners import own
 from espalier.learners.learner import Learner, Split
 from espalier.spec import DataSpec
 from espalier.strategies.collective import SumOverRanks
@@ -36,6 +37,8 @@ class Classifier(Learner):
     `class_weights` scale each class's loss: `balanced` means num_samples / (num_classes * class_count), which
     gives every class the same total weight (King and Zeng 2001). The loss of a batch is divided by the weights of its
     samples, and so by those of the global batch where several processes train.
+
+    `loss` takes the place of cross entropy: called with logits (B, K) and targets, it gives the mean over the batch.
     """
 
     monitor = "val/accuracy"
@@ -53,11 +56,19 @@ class Classifier(Learner):
         class_weights: Literal["balanced"] | Sequence[float] | None,
         channels_last: bool,
         compile: bool,
+        loss: nn.Module | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         if not spec.num_classes:
             raise ValueError(f"data {spec.name} has numbers as targets, not classes; use learner=regressor")
         self.num_classes = spec.num_classes
-        super().__init__(model, spec, optimizer, scheduler, seed, channels_last, compile)
+        if loss is not None and (label_smoothing or class_weights is not None):
+            raise ValueError(
+                "loss takes the place of cross entropy; set label_smoothing to 0 and class_weights to null"
+            )
+        self._own = () if loss is None else (own.require_loss(loss, torch.zeros(2, spec.num_classes), _two_classes()),)
+        super().__init__(model, spec, optimizer, scheduler, seed, channels_last, compile, metrics)
+        self.loss_module = loss  # a part of the learner, so that its buffers follow to the device
         self.label_smoothing = label_smoothing
         self.register_buffer("class_weights", _class_weights(class_weights, spec), persistent=False)
         self._ddp_params_and_buffers_to_ignore = ["class_weights"]  # DDP would send it in every step
@@ -71,6 +82,8 @@ class Classifier(Learner):
         return super().training_step(batch, batch_idx)
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        if self._own:
+            return self._own[0](output, y)
         return self._cross_entropy(output, y, "mean")
 
     def training_loss(self, output: Tensor, y: Tensor) -> Tensor:
@@ -90,7 +103,7 @@ class Classifier(Learner):
 
     def new_metrics(self, split: Split) -> MetricCollection:
         metrics: dict[str, Metric | MetricCollection] = {
-            "loss": CrossEntropy(),
+            "loss": own.MeanLoss(self._own[0]) if self._own else CrossEntropy(),
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
             "f1": MulticlassF1Score(self.num_classes, average="macro", validate_args=False),
             "calibration_error": MulticlassCalibrationError(self.num_classes, n_bins=15, validate_args=False),
@@ -101,7 +114,12 @@ class Classifier(Learner):
             )
         if split == "test":
             metrics["confusion_KK"] = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
+        metrics |= own.require_metrics(self.own_metrics, metrics)
         return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
+
+
+def _two_classes() -> Tensor:
+    return torch.zeros(2, dtype=torch.long)
 
 
 def _class_weights(weights: str | Sequence[float] | None, spec: DataSpec) -> Tensor | None:

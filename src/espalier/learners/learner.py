@@ -5,13 +5,14 @@ Letters: B batch, K classes.
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
@@ -44,8 +45,10 @@ class Learner(ExactTraining):
         seed: int,
         channels_last: bool,
         compile: bool,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__(len(self.train_statistics))
+        self.own_metrics = dict(metrics or {})  # copied for each split
         self.model = model
         self.spec = spec
         self.optimizer_factory = optimizer

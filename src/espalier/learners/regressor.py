@@ -1,6 +1,6 @@
 """Regression of one number per sample. Letters: B batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricCollection, R2Score
 from torchmetrics.utilities import dim_zero_cat
 
+from espalier.learners import own
 from espalier.learners.learner import Learner, Split
 from espalier.spec import DataSpec
 
@@ -31,7 +32,7 @@ class Pairs(Metric):
 
 
 class Regressor(Learner):
-    """The model predicts (y - target_mean) / target_std; metrics are in the unit of y."""
+    """The model predicts (y - target_mean) / target_std, which the loss compares; metrics are in the unit of y."""
 
     monitor = "val/rmse"
     mode = "min"
@@ -44,14 +45,17 @@ class Regressor(Learner):
         optimizer: partial[torch.optim.Optimizer],
         scheduler: partial[Any],
         seed: int,
-        loss: Literal["mse", "mae", "huber"],
+        loss: Literal["mse", "mae", "huber"] | nn.Module,
         channels_last: bool,
         compile: bool,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         if spec.num_classes:
             raise ValueError(f"data {spec.name} has classes as targets, not numbers; use learner=classifier")
-        super().__init__(model, spec, optimizer, scheduler, seed, channels_last, compile)
-        self.loss_function = LOSSES[loss]
+        super().__init__(model, spec, optimizer, scheduler, seed, channels_last, compile, metrics)
+        self.loss_function: Callable[[Tensor, Tensor], Tensor] = (
+            LOSSES[loss] if isinstance(loss, str) else own.require_loss(loss, torch.zeros(2), torch.zeros(2))
+        )
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         return self.loss_function(output.squeeze(1), (y - self.spec.target_mean) / self.spec.target_std)
@@ -71,4 +75,5 @@ class Regressor(Learner):
         }
         if split == "test":
             metrics["pairs_N2"] = Pairs()
+        metrics |= own.require_metrics(self.own_metrics, metrics)
         return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)

@@ -119,6 +119,24 @@ def locked(folder: Path, check: Callable[[], None] | None = None) -> Iterator[No
         os.close(descriptor)
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether a run works in the folder now, here or as far as can be told on another machine."""
+    path = folder / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    except OSError:  # of somebody else
+        return True
+    try:
+        _require_free(path, descriptor)
+    except ConfigError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _locked(path: Path) -> int:
     """Return the open file of the lock, once this process holds it."""
     while True:

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from espalier.config.overrides import at_home, unquoted
+from espalier.config.home import at_home
 from espalier.errors import ConfigError
 
 LOGS = Path("logs")
@@ -28,6 +25,7 @@ EVALUATED = (COMPRESSED, BEST, *RESUMED)  # what `source=FOLDER` means, in this 
 BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
+NOT_THE_DATA = ("batch_size", "num_workers", "in_memory", "augment")  # knobs of data that change no sample of a split
 READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
 
 
@@ -44,6 +42,16 @@ class RunFolder:
             is_bundle = path.name == BUNDLE.parent.name and (path / BUNDLE.name).is_file()
             return cls(path.parent if is_bundle else path)
         return cls(path.parent.parent if path.parent.name == CHECKPOINTS else path.parent)
+
+    @property
+    def report(self) -> Path:
+        """What it measured; written last."""
+        return self.path / "report.json"
+
+    @property
+    def config(self) -> Path:
+        """The configuration that it was made of."""
+        return self.path / "config.yaml"
 
     @property
     def checkpoints(self) -> Path:
@@ -80,6 +88,8 @@ def split(source: str) -> list[str]:
 def find(key: str, run: str, holds: str | Path = CHECKPOINTS) -> Path:
     """Return the run folder or checkpoint that `run` names; `latest` is the newest finished run in which `holds` lies.
 
+    `best` is the finished training below `logs/` with the best validation metric.
+
     Raises:
         ConfigError: there is none; the message starts with `key`.
     """
@@ -89,6 +99,8 @@ def find(key: str, run: str, holds: str | Path = CHECKPOINTS) -> Path:
             verb = "export source=RUN" if holds == BUNDLE else "train"
             raise ConfigError(f"{key}=latest: no finished run below {LOGS.resolve()}; start one with: espalier {verb}")
         return max(finished, key=lambda folder: (folder / "report.json").stat().st_mtime)
+    if run == "best":
+        return _best(key, holds)
     if "://" in run:
         raise ConfigError(f"{key}={run}: an address; only source=ADDRESS, of a checkpoint file, is fetched")
     path = Path(at_home(run))
@@ -106,12 +118,27 @@ def from_here(folder: Path) -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
+def _best(key: str, holds: str | Path) -> Path:
+    from espalier.runs import listing  # which reads the folders that are named here
+
+    if key == "resume":
+        raise ConfigError(f"{key}=best: a finished training starts another by source=best; to go on, name the RUN")
+    if holds == BUNDLE:
+        raise ConfigError(f"{key}=best: a training, no bundle; say espalier export source=best, then {key}=latest")
+    return listing.best(key, LOGS)
+
+
 def begun(words: Sequence[str]) -> Path | None:
     """Return what `resume=auto` stands for: the folder of `hydra.run.dir` if it can go on, None if all begins there.
 
     Raises:
         ConfigError: the words name no such folder, or make it of other things than the environment.
     """
+    from omegaconf import OmegaConf  # here, as listing runs takes neither it nor Hydra
+    from omegaconf.errors import OmegaConfBaseException
+
+    from espalier.config.overrides import unquoted
+
     folders = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
     if not folders:
         raise ConfigError("resume=auto: needs a folder that is the same each time; add hydra.run.dir=FOLDER")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from espalier.errors import ConfigError
 from espalier.export import bundle, session
 from espalier.export.preprocess import normalise
+from espalier.serving.probabilities import of_logits
 from espalier.spec import DataSpec
 
 INPUT, OUTPUT = "input", "logits"  # tensors of every exported file
@@ -78,11 +79,7 @@ class Predictor:
             logits_BK = np.concatenate([self._run(sample) for sample in np.split(x, len(x))])
         else:
             logits_BK = self._run(x)
-        if not self.spec.num_classes:
-            return logits_BK * np.float32(self.spec.target_std) + np.float32(self.spec.target_mean)
-        with np.errstate(invalid="ignore"):  # what is not finite is told to the client
-            weights_BK = np.exp(logits_BK - logits_BK.max(axis=1, keepdims=True))
-            return weights_BK / weights_BK.sum(axis=1, keepdims=True)
+        return of_logits(self.spec, logits_BK)
 
     def _run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._session.run([OUTPUT], {INPUT: x}, self._running)[0]

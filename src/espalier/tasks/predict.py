@@ -18,10 +18,10 @@ from espalier.export.bundle import FILE
 from espalier.export.runtimes import Format
 from espalier.run import Run
 from espalier.runs.files import sha256
+from espalier.runs.run_folder import NOT_THE_DATA
 from espalier.spec import Report
 
 FOLDER = "predictions"  # in the run folder
-NOT_THE_DATA = ("batch_size", "num_workers", "in_memory", "augment")  # knobs that change no sample of a split
 
 
 def predict(

@@ -15,8 +15,8 @@ def train(run: Run) -> Report:
     metrics = run.measure("test", weights)
     if weights is None:
         notes = ["no checkpoint was kept: callbacks has none"]
-    elif run.best_score is None:
+    elif (chosen := run.monitored) is None:
         notes = [f"measured on {weights.name}, as no validation chose a best"]
     else:
-        notes = [f"measured on {weights.name}, which had {run.learner.monitor} {run.best_score:.4f}"]
+        notes = [f"measured on {weights.name}, which had {chosen['metric']} {chosen['value']:.4f}"]
     return run.publish([run.cost(weights) | monitor.speed(run.callbacks) | {"metrics": metrics}], notes)

@@ -11,12 +11,18 @@ from omegaconf.errors import OmegaConfBaseException
 from espalier.config.check import check_plain, locate
 from espalier.errors import ConfigError
 
+LOSSES = (  # of torch, by the names that people type
+    *("CrossEntropyLoss", "MultiMarginLoss", "NLLLoss"),
+    *("HuberLoss", "L1Loss", "MSELoss", "PoissonNLLLoss", "SmoothL1Loss"),
+)
 # A config that came out of a checkpoint is untrusted, and nothing else is ever built from it. A name that ends with a
 # dot is a package: of the classes that are defined there, those with one of the bases `BASES`.
 TRUSTED_TARGETS: dict[str, tuple[str, ...]] = {
     "data": ("espalier.data.",),
     "model": ("espalier.models.",),
     "learner": ("espalier.learners.",),
+    "learner.loss": ("espalier.learners.", "torch.nn.modules.loss.", *(f"torch.nn.{name}" for name in LOSSES)),
+    "learner.metrics": ("espalier.learners.", "torchmetrics.classification.", "torchmetrics.regression."),
     "optimizer": ("espalier.optim.", "torch.optim."),
     "scheduler": ("espalier.optim.schedules.", "torch.optim.lr_scheduler."),
     "compression": ("espalier.compression.",),
@@ -41,6 +47,8 @@ BASES: dict[str, tuple[str, ...]] = {
     "data": ("lightning.pytorch.core.datamodule.LightningDataModule", "espalier.data.augment.Augmentation"),
     "model": ("torch.nn.modules.module.Module",),
     "learner": ("lightning.pytorch.core.module.LightningModule",),
+    "learner.loss": ("torch.nn.modules.module.Module",),
+    "learner.metrics": ("torchmetrics.metric.Metric",),
     "optimizer": ("torch.optim.optimizer.Optimizer",),
     "scheduler": ("torch.optim.lr_scheduler.LRScheduler",),
     "compression": ("lightning.pytorch.callbacks.callback.Callback",),
@@ -83,7 +91,9 @@ def _suspicions(node: Any, where: str, said: DictConfig | None) -> Iterator[str]
         if str(key).startswith("_") and key != "_target_" and not (key == "_partial_" and where in PARTIAL):
             yield f"{where}.{str(key)[:80]}: a checkpoint may not change how it is built"
         yield from _suspicions(child, f"{where}.{key}", said)
-    if "_target_" in node and not _is_trusted(node["_target_"], group):
+    inside = ".".join(where.split(".")[:2])
+    kind = inside if inside in TRUSTED_TARGETS else group
+    if "_target_" in node and not _is_trusted(node["_target_"], kind):
         name = str(node["_target_"])[:80]
         yield f"{where}._target_={name}: not built from a checkpoint; see TRUSTED_TARGETS in trust/targets.py"
 

@@ -1,0 +1,1 @@
+"""The Python interface: load what was trained or exported, let it answer, train (docs/python.md)."""
