@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from espalier.compression import low_rank, prune_nm
 from espalier.compression.base import Conversion, finalize
+from espalier.compression.low_rank import LowRank
+from espalier.compression.prune_nm import PruneNM
 from espalier.compression.ptq import PTQ
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
@@ -66,7 +67,7 @@ def seen(make: Callable[[], nn.Module]) -> nn.Module:
 
 def few_ranks() -> nn.Module:
     """A network whose second dense layer is two thin ones."""
-    model = low_rank.replay(seen(mlp), {"ranks": {"layers.linear2": 3}})
+    model = LowRank.replay(seen(mlp), {"ranks": {"layers.linear2": 3}})
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -0.3, 0.3)
     return model.eval()
@@ -77,12 +78,12 @@ def masked() -> nn.Module:
     model = seen(cnn)
     name = next(name for name, parameter in model.named_parameters() if parameter.ndim == 4)
     entry = {"names": [name], "dense": []}
-    model = prune_nm.replay(model, entry)
+    model = PruneNM.replay(model, entry)
     masks = dict(model.named_buffers())
     masks[f"{name}_mask"][:2] = False
     with torch.no_grad():
         model.get_parameter(name).mul_(masks[f"{name}_mask"])
-    return prune_nm.finalize(model, entry).eval()
+    return PruneNM.finalize(model, entry).eval()
 
 
 def samples(num: int) -> Batch:
