@@ -13,9 +13,8 @@ from espalier.errors import ConfigError
 from espalier.evaluation import prediction_files
 from espalier.evaluation.predictions import columns
 from espalier.evaluation.shards import MANIFEST, Shards, answered, progress, require_same
-from espalier.export import runtimes
+from espalier.export import formats, runtimes
 from espalier.export.bundle import FILE
-from espalier.export.runtimes import Format
 from espalier.run import Run
 from espalier.runs.files import sha256
 from espalier.spec import Report
@@ -25,7 +24,7 @@ NOT_THE_DATA = ("batch_size", "num_workers", "in_memory", "augment")  # knobs th
 
 
 def predict(
-    run: Run, split: Split, runtime: Format | None, shard_size: Count, probabilities: bool, threads: Count
+    run: Run, split: Split, runtime: formats.Runnable | None, shard_size: Count, probabilities: bool, threads: Count
 ) -> Report:
     """Run the bundle on a whole split; write `predictions/part-00000.parquet` and so on, `shard_size` rows in each.
 
