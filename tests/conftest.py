@@ -136,6 +136,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _one_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_registry(monkeypatch)
+
+
+def share_registry(patch: pytest.MonkeyPatch) -> None:
     """Share the list of operators between exports to ONNX: torch reads it out of the source of 500 functions each time.
 
     Not with the first one in a process, which imports the list.
@@ -152,7 +156,7 @@ def _one_registry(monkeypatch: pytest.MonkeyPatch) -> None:
             _registries[key] = whole(**settings)
         return _registries[key]
 
-    monkeypatch.setattr(module.ONNXRegistry, "from_torchlib", staticmethod(shared))
+    patch.setattr(module.ONNXRegistry, "from_torchlib", staticmethod(shared))
 
 
 _registries: dict[tuple[Any, ...], Any] = {}

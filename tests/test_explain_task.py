@@ -10,11 +10,6 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from conftest import QUICK, Command, command
-from espalier.config import conf_dir
-from espalier.config.compose import compose
-from espalier.errors import ConfigError
-from espalier.explain import base
-from espalier.run import Run
 
 TRAINED = {
     "cnn": ("model=cnn", "model.channels=[8,16]", "model.hidden=[]", "trainer.max_epochs=4", "optimizer.lr=0.01"),
@@ -171,26 +166,3 @@ def test_a_wrong_input_costs_one_line_and_leaves_nothing(
     assert key in done.err
     assert advice in done.err
     assert not list(done.folder.glob("logs/*/*"))
-
-
-@pytest.mark.parametrize("model", conf_dir.groups()["model"])
-def test_every_model_is_explained_by_every_method_that_says_it_fits(tmp_path: Path, model: str):
-    cfg = compose([f"model={model}", *SMALL.get(model, ()), "callbacks=[]", "logger=[]"])
-    run = Run(cfg, [], tmp_path, "train")
-    batch = run.data.samples(9)
-    network = run.model.eval()
-    setting = base.Setting(torch.zeros(1, 8, 8), batch.x[1:], 2, None, 8, 4, 0.1, 20, 16, 0)
-    fitting, refused = [], {}
-    for name in base.methods():
-        try:
-            own = base.prepare(name, network, batch.x[0], setting)
-        except ConfigError as error:
-            refused[name] = str(error)
-            continue
-        found = base.attribute(name, network, batch.x[0], 3, own)
-        assert found.shape == (8, 8)
-        assert found.isfinite().all()
-        fitting.append(name)
-    assert len(fitting) >= 5
-    assert set(refused) == ({"grad_cam"} if model in ("mlp", "vit") else set())
-    assert all("integrated_gradients" in message for message in refused.values())

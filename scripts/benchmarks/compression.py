@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from espalier.composition import networks
 from espalier.compression.base import finalize
 from espalier.config.compose import compose
-from espalier.export import deployed, onnx
+from espalier.export import deployed, onnx, onnx_operators
 from espalier.profiling import latency
 from espalier.run import Run
 from espalier.runs import checkpoint
@@ -130,7 +130,11 @@ def network() -> None:
             f"{'network':20}{'size kB':>9}{'batch 1 ms':>12}{'of fp32':>9}{'batch 32 ms':>13}{'of fp32':>9}  operators"
         )
         for label, file in files.items():
-            layers = {kind: count for kind, count in onnx.operators(file).items() if "Conv" in kind or "Gemm" in kind}
+            layers = {
+                kind: count
+                for kind, count in onnx_operators.operators(file).items()
+                if "Conv" in kind or "Gemm" in kind
+            }
             one, many = timed[1][label], timed[32][label]
             print(
                 f"{label:20}{file.stat().st_size / 1e3:9.0f}{one.p50:12.3f}{one.ratio:9.2f}"

@@ -31,6 +31,7 @@ SETTING = Setting(
     batch_size=7,
     seed=3,
 )
+GRAD_CAM = base.method_named("grad_cam")
 IMAGE = torch.arange(16.0).view(1, 4, 4) / 16
 
 
@@ -98,7 +99,7 @@ def test_smooth_grad_of_a_linear_model_is_its_weight():
 
 def test_grad_cam_weighs_maps_by_their_mean_gradient_and_keeps_the_positive_part():
     model = TwoMaps()
-    setting = base.prepare("grad_cam", model, IMAGE - 0.4, on_images())
+    setting = GRAD_CAM.prepare(model, IMAGE - 0.4, on_images())
     assert setting.layer == "conv"
     for target, weights in enumerate(model.head.weight.tolist()):
         maps_CHW = torch.cat([IMAGE - 0.4, -3 * (IMAGE - 0.4)])
@@ -108,10 +109,10 @@ def test_grad_cam_weighs_maps_by_their_mean_gradient_and_keeps_the_positive_part
 
 def test_grad_cam_of_a_captured_graph_is_that_of_the_modules():
     model, x = small_cnn(), torch.rand(1, 8, 8)
-    setting = base.prepare("grad_cam", model, x, SETTING)
+    setting = GRAD_CAM.prepare(model, x, SETTING)
     expected = base.attribute("grad_cam", model, x, 2, setting)
     graph = capture(model, (1, 8, 8)).eval()
-    assert base.prepare("grad_cam", graph, x, SETTING).layer == setting.layer == "features.conv2"
+    assert GRAD_CAM.prepare(graph, x, SETTING).layer == setting.layer == "features.conv2"
     assert expected.max() > 0
     assert torch.allclose(base.attribute("grad_cam", graph, x, 2, setting), expected, atol=1e-6)
 
@@ -119,26 +120,26 @@ def test_grad_cam_of_a_captured_graph_is_that_of_the_modules():
 def test_grad_cam_takes_the_last_layer_that_is_not_too_coarse():
     for side, layer in ((32, "features.conv4"), (16, "features.conv3")):
         model = CNN((1, side, side), 3, [2, 2, 2, 2], [], 4, "relu", "batch", 0.0).eval()
-        assert base.prepare("grad_cam", model, torch.rand(1, side, side), SETTING).layer == layer
+        assert GRAD_CAM.prepare(model, torch.rand(1, side, side), SETTING).layer == layer
 
 
 def test_grad_cam_offers_the_nearest_layer():
     with pytest.raises(ConfigError, match=r"task.layer=features.conv3: .*did you mean features.conv[12]\?"):
-        base.prepare("grad_cam", small_cnn(), torch.rand(1, 8, 8), replace(SETTING, layer="features.conv3"))
+        GRAD_CAM.prepare(small_cnn(), torch.rand(1, 8, 8), replace(SETTING, layer="features.conv3"))
 
 
 def test_grad_cam_refuses_tokens_unless_their_layer_is_named():
     model = ViT((1, 8, 8), 3, 2, 8, 1, 2, 2, "mean", "gelu", "layer", 0.0).eval()
     x = torch.rand(1, 8, 8)
     with pytest.raises(ConfigError, match="tokens"):
-        base.prepare("grad_cam", model, x, SETTING)
-    setting = base.prepare("grad_cam", model, x, replace(SETTING, layer="patches"))
+        GRAD_CAM.prepare(model, x, SETTING)
+    setting = GRAD_CAM.prepare(model, x, replace(SETTING, layer="patches"))
     assert base.attribute("grad_cam", model, x, 0, setting).shape == (8, 8)
 
 
 def test_grad_cam_refuses_a_network_without_feature_maps():
     with pytest.raises(ConfigError, match="integrated_gradients"):
-        base.prepare("grad_cam", linear(), X, SETTING)
+        GRAD_CAM.prepare(linear(), X, SETTING)
 
 
 def test_a_window_of_occlusion_counts_at_each_position_that_it_covers():
@@ -157,7 +158,10 @@ def test_the_sum_of_a_map_is_the_output_minus_the_reference(method: str):
     setting = replace(
         SETTING, baseline=torch.zeros(1, 8, 8), background=torch.rand(9, 1, 8, 8), steps=512, evaluations=1, patch=2
     )
-    found, reference = base.attribute(method, model, x, 1, setting), base.reference(method, model, 1, setting)
+    found, reference = (
+        base.attribute(method, model, x, 1, setting),
+        base.method_named(method).reference(model, 1, setting),
+    )
     with torch.no_grad():
         change = model(x[None])[0, 1] - reference
     assert float(found.sum()) == pytest.approx(float(change), rel=0.01)

@@ -14,7 +14,8 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401, registers the op
 
 from espalier.compression.base import Conversion
 from espalier.errors import ConfigError
-from espalier.export.onnx import Session, is_integer, operators, unfused, unshare, write
+from espalier.export.onnx import Session, unshare, write
+from espalier.export.onnx_operators import is_integer, operators, unfused
 from espalier.models.cnn import CNN
 from espalier.models.densenet import DenseNet
 from espalier.models.mlp import MLP

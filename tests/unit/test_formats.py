@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from espalier.compression import low_rank, prune_nm
 from espalier.compression.base import Conversion, finalize
+from espalier.compression.low_rank import LowRank
+from espalier.compression.prune_nm import PruneNM
 from espalier.compression.ptq import PTQ
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 from espalier.export import formats
-from espalier.export.formats import FORMATS, InPrecision, draft, in_precision
+from espalier.export.formats import InPrecision, draft, in_precision
 from espalier.models.cnn import CNN
 from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
@@ -32,6 +33,7 @@ from espalier.spec import DataSpec
 SHAPE = (1, 8, 8)
 SPEC = DataSpec("noise", SHAPE, 1.0, (0.0,), (1.0,), tuple("abcdefghij"))
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
+FORMATS = tuple(formats.names())
 RUN = [name for name in FORMATS if name != "safetensors"]
 QUICK = [name for name in RUN if name != "aotinductor"]  # which compiles for seconds
 TARGETS = {"executorch": "executorch"}  # of quantized networks; the others take those for onnxruntime
@@ -66,7 +68,7 @@ def seen(make: Callable[[], nn.Module]) -> nn.Module:
 
 def few_ranks() -> nn.Module:
     """A network whose second dense layer is two thin ones."""
-    model = low_rank.replay(seen(mlp), {"ranks": {"layers.linear2": 3}})
+    model = LowRank.replay(seen(mlp), {"ranks": {"layers.linear2": 3}})
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -0.3, 0.3)
     return model.eval()
@@ -77,12 +79,12 @@ def masked() -> nn.Module:
     model = seen(cnn)
     name = next(name for name, parameter in model.named_parameters() if parameter.ndim == 4)
     entry = {"names": [name], "dense": []}
-    model = prune_nm.replay(model, entry)
+    model = PruneNM.replay(model, entry)
     masks = dict(model.named_buffers())
     masks[f"{name}_mask"][:2] = False
     with torch.no_grad():
         model.get_parameter(name).mul_(masks[f"{name}_mask"])
-    return prune_nm.finalize(model, entry).eval()
+    return PruneNM.finalize(model, entry).eval()
 
 
 def samples(num: int) -> Batch:
@@ -106,7 +108,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def require(name: str) -> formats.Format:
     """The format, or a skip that says what is missing."""
-    module = formats.module(name)
+    module = formats.named(name)
     try:
         module.require("task.format")
     except ConfigError as missing:
@@ -117,7 +119,7 @@ def require(name: str) -> formats.Format:
 def written(name: str, model: nn.Module, folder: Path) -> Path:
     """The file that a session opens."""
     module = require(name)
-    path = folder / module.FILES[0]
+    path = folder / module.files[0]
     module.write(model, SHAPE, path)
     return path
 
@@ -145,8 +147,8 @@ def assert_equal(session: Callable[[Tensor], Tensor], model: nn.Module, toleranc
 def test_the_runtime_computes_what_torch_computes_at_any_batch_size(name: str, network: str, tmp_path: Path):
     model = NETWORKS[network]()
     path = written(name, model, tmp_path)
-    assert_equal(formats.module(name).Session(path, 1), model, 1e-6)
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(formats.module(name).FILES)
+    assert_equal(formats.named(name).session(path, 1), model, 1e-6)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(formats.named(name).files)
 
 
 @pytest.mark.parametrize("name", [name for name in QUICK if name != "litert"])
@@ -154,7 +156,7 @@ def test_integers_stay_integers_and_compute_the_same_within_a_few_steps(name: st
     require(name)
     model = int8(TARGETS.get(name, "onnxruntime"))
     path = written(name, model, tmp_path)
-    assert_equal(formats.module(name).Session(path, 1), model, 1e-7 if name == "torch_export" else FEW_STEPS)
+    assert_equal(formats.named(name).session(path, 1), model, 1e-7 if name == "torch_export" else FEW_STEPS)
     weights = sum(tensor.numel() for tensor in model.state_dict().values() if tensor.dtype == torch.int8)
     binary = path.with_suffix(".bin") if name == "openvino" else path
     program = 0 if name in ("onnx", "openvino") else 80_000  # what is not weights: JSON, plans
@@ -174,7 +176,7 @@ def test_openvino_runs_every_quantized_convolution_in_8_bits(tmp_path: Path):
 @pytest.mark.parametrize("network", ["cnn", "int8"])
 def test_machine_code_computes_what_torch_computes_at_any_batch_size(network: str, compiled):
     model = int8() if network == "int8" else NETWORKS[network]()
-    assert_equal(formats.module("aotinductor").Session(compiled[network], 1), model, 1e-6)
+    assert_equal(formats.named("aotinductor").session(compiled[network], 1), model, 1e-6)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -182,7 +184,7 @@ def test_files_name_no_place_of_this_machine_and_no_code(name: str, tmp_path: Pa
     require(name)
     path = request.getfixturevalue("compiled")["cnn"] if name == "aotinductor" else written(name, seen(cnn), tmp_path)
     files = list(path.parent.iterdir())
-    assert len(files) == len(formats.module(name).FILES)
+    assert len(files) == len(formats.named(name).files)
     for file in files:
         content = file.read_bytes()
         assert [place for place in OUR_PLACES if place in content] == []
@@ -191,10 +193,10 @@ def test_files_name_no_place_of_this_machine_and_no_code(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_weights_in_8_bits_are_kept_by_the_formats_that_say_so(name: str, tmp_path: Path):
     module, model = require(name), seen(mlp)
-    assert "weight_only" in module.CONVERSIONS
-    path = tmp_path / module.FILES[0]
+    assert "weight_only" in module.conversions
+    path = tmp_path / module.files[0]
     module.write(model, SHAPE, path, Conversion("weight_only", 8, 32))
-    assert_equal(module.Session(path, 1), model, 0.02)
+    assert_equal(module.session(path, 1), model, 0.02)
     weights = path if name == "onnx" else path.with_suffix(".bin")
     assert weights.stat().st_size < 2 * sum(parameter.numel() for parameter in model.parameters())
 
@@ -202,10 +204,10 @@ def test_weights_in_8_bits_are_kept_by_the_formats_that_say_so(name: str, tmp_pa
 @pytest.mark.parametrize("name", ["torch_export", "openvino"])
 def test_what_a_format_does_not_convert_stays_in_float(name: str, tmp_path: Path):
     module, model = require(name), seen(mlp)
-    path = tmp_path / module.FILES[0]
+    path = tmp_path / module.files[0]
     module.write(model, SHAPE, path, Conversion("dynamic", 8))
-    assert "dynamic" not in module.CONVERSIONS
-    assert_equal(module.Session(path, 1), model, 1e-6)
+    assert "dynamic" not in module.conversions
+    assert_equal(module.session(path, 1), model, 1e-6)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -215,7 +217,7 @@ def test_a_network_that_decides_by_values_is_refused_in_one_line_and_the_old_fil
             return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
     module = require(name)
-    path = tmp_path / module.FILES[0]
+    path = tmp_path / module.files[0]
     path.write_text("old")
     with pytest.raises(ConfigError, match=r"^(task\.format=|export: ).*\)") as refused:
         module.write(Undecided().eval(), SHAPE, path)
@@ -260,21 +262,21 @@ def test_exporting_is_silent_and_leaves_the_network_alone(tmp_path: Path, capfd)
 def test_a_missing_package_is_one_line_that_says_how_to_get_it(name: str, package: str, remedy: str, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=re.escape(remedy)) as missing:
-        formats.module(name).require("task.format")
+        formats.named(name).require("task.format")
     assert str(missing.value).startswith(f"task.format: needs {package}, which is not installed; ")
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"^task\.format: aotinductor needs the C\+\+ compiler \S+, which is not"):
-        formats.module("aotinductor").require("task.format")
+        formats.named("aotinductor").require("task.format")
 
 
 def test_16_bits_lie_between_float32_samples_and_float32_logits(tmp_path: Path):
     model = seen(vit)
     half = in_precision(model, "bf16")
     path = written("torch_export", half, tmp_path)
-    assert_equal(formats.module("torch_export").Session(path, 1), half, 0)
+    assert_equal(formats.named("torch_export").session(path, 1), half, 0)
     x = torch.randn(4, *SHAPE)
     with torch.no_grad():
         assert 0 < (half(x) - model(x)).abs().max() < 0.05
@@ -289,7 +291,7 @@ def test_a_format_without_kernels_for_16_bits_names_those_that_have_them(name: s
         rf"^task\.precision=bf16: {name} does not run .* these do: torch_export, aotinductor, executorch, safetensors$"
     )
     with pytest.raises(ConfigError, match=line):
-        formats.module(name).write(InPrecision(seen(cnn), torch.bfloat16), SHAPE, tmp_path / "model")
+        formats.named(name).write(InPrecision(seen(cnn), torch.bfloat16), SHAPE, tmp_path / "model")
 
 
 def test_integers_are_not_cast_to_16_bits():
@@ -322,7 +324,7 @@ def test_16_bits_keep_the_names_of_the_network(tmp_path: Path):
 
 def test_a_session_leaves_the_threads_of_the_process_as_they_were(tmp_path: Path):
     path = written("torch_export", seen(mlp), tmp_path)
-    session = formats.module("torch_export").Session(path, 2)
+    session = formats.named("torch_export").session(path, 2)
     session(torch.zeros(1, *SHAPE))
     assert torch.get_num_threads() == 1
 

@@ -235,7 +235,7 @@ def test_folding_keeps_eps_momentum_and_gamma_zero(statistics_are_frozen: bool):
         net.get_parameter("stem.conv.conv.weight").grad[2:], model.stem.conv.conv.weight.grad[2:]
     )
     model.eval()
-    folded = qat.finalize(net, {})
+    folded = QAT.finalize(net, {})
     assert not any("norm" in str(node.target) for node in folded.graph.nodes)
     torch.testing.assert_close(folded(x), model(x))
 
@@ -274,7 +274,7 @@ def test_watched_outputs_are_those_of_the_modules_also_of_a_copy_after_rounding(
     net(x)
     assert [*net.watched] == [*seen]
     assert (net.watched["stages.0"] - seen["stages.0"]).norm() < 0.3 * seen["stages.0"].norm()
-    assert qat.finalize(net, {})(x).shape == logits.shape
+    assert QAT.finalize(net, {})(x).shape == logits.shape
 
 
 def test_a_watched_name_that_is_none_is_answered_with_the_nearest():
@@ -342,11 +342,11 @@ def test_the_replayed_network_is_equal_to_the_last_bit_and_its_integers_compute_
     x = samples(shape).x
     rounded = net.eval()(x).detach()
     weights, entry = through_a_file([net.state_dict(), entry])
-    replayed = qat.replay(original, entry)
+    replayed = QAT.replay(original, entry)
     assert shapes_of(replayed) == {name: value.shape for name, value in weights.items()}
     replayed.load_state_dict(weights)
     assert torch.equal(replayed.eval()(x), rounded)
-    torch.testing.assert_close(qat.finalize(replayed, entry)(x), rounded, atol=0.02 * rounded.abs().max(), rtol=0)
+    torch.testing.assert_close(QAT.finalize(replayed, entry)(x), rounded, atol=0.02 * rounded.abs().max(), rtol=0)
 
 
 @pytest.mark.parametrize("name", ["silu", "densenet", "depthwise", "conv1d"])
@@ -357,7 +357,7 @@ def test_every_convolution_runs_in_integers(tmp_path: Path, name: str):
     train_step(net, samples(shape))
     x = samples(shape).x
     rounded = net.eval()(x).detach()
-    operators, run = deploy(qat.finalize(net, entry), shape, tmp_path)
+    operators, run = deploy(QAT.finalize(net, entry), shape, tmp_path)
     assert operators["QLinearConv"] == num_convolutions
     assert operators["Conv"] == operators["FusedConv"] == operators["Gemm"] == 0
     for part in (slice(None), slice(1)):
@@ -367,7 +367,7 @@ def test_every_convolution_runs_in_integers(tmp_path: Path, name: str):
 def test_sums_pools_and_the_head_run_in_integers_and_a_skipped_module_in_float_without_its_norm(tmp_path: Path):
     net, entry = make_qat(skip=("stem",)).apply(resnet())
     train_step(net, samples())
-    operators, _ = deploy(qat.finalize(net.eval(), entry), SHAPE, tmp_path)
+    operators, _ = deploy(QAT.finalize(net.eval(), entry), SHAPE, tmp_path)
     assert operators["QLinearConv"] == 5
     assert operators["FusedConv"] + operators["Conv"] == 1
     assert operators["QLinearAdd"] == 2
@@ -379,7 +379,7 @@ def test_other_runtimes_have_quantizers_of_their_own():
     net, entry = make_qat(target="inductor", skip=("stem.conv.conv",)).apply(resnet())
     train_step(net, samples())
     net.eval()
-    assert torch.allclose(qat.finalize(net, entry)(samples().x), net(samples().x), atol=0.05)
+    assert torch.allclose(QAT.finalize(net, entry)(samples().x), net(samples().x), atol=0.05)
     if "executorch" not in sys.modules:
         with pytest.raises(ConfigError, match="executorch is not installed"):
             make_quantizer("executorch", [])
@@ -395,10 +395,10 @@ def test_where_only_linear_layers_count_the_modules_stay_and_the_runtime_quantiz
     assert [type(layer) for layer in layers] == [RoundedLinear] * (len(layers) - 1) + [nn.Linear]
     train_step(net, samples())
     rounded = net.eval()(samples().x)
-    plain = qat.finalize(net, entry)
+    plain = QAT.finalize(net, entry)
     assert {type(layer) for layer in layers} == {nn.Linear}
     assert 0 < (plain(samples().x) - rounded).norm() < 0.05 * rounded.norm()
-    assert qat.conversion(entry) == qat.Conversion("dynamic", bits=8, skip=("head",))
+    assert QAT.conversion(entry) == qat.Conversion("dynamic", bits=8, skip=("head",))
 
 
 # Without training
@@ -415,7 +415,7 @@ def test_calibrated_networks_stay_close_to_the_float_one_and_calibration_draws_n
     before = state_of(first)
     assert (first(x) - expected).norm() < 0.05 * expected.norm()
     assert equal_states(state_of(first), before)
-    torch.testing.assert_close(qat.finalize(first, entry)(x), first(x), atol=0.02, rtol=0)
+    torch.testing.assert_close(QAT.finalize(first, entry)(x), first(x), atol=0.02, rtol=0)
 
 
 def test_a_transformer_may_have_fixed_ranges_where_asked_for():
@@ -423,8 +423,8 @@ def test_a_transformer_may_have_fixed_ranges_where_asked_for():
     expected = model(samples().x)
     assert make_ptq().apply(copy.deepcopy(model))[1]["mode"] == "dynamic"
     net, entry = make_ptq(mode="static").apply(model)
-    assert qat.conversion(entry) is None
-    assert (qat.finalize(net, entry)(samples().x) - expected).norm() < 0.1 * expected.norm()
+    assert QAT.conversion(entry) is None
+    assert (QAT.finalize(net, entry)(samples().x) - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("method", [make_qat, make_ptq])
@@ -476,7 +476,7 @@ def fit(folder: Path, num_epochs: int, resumed: Path | None = None) -> tuple[Fit
     learner, method = Fitted(), make_qat((1, 8, 8))
     method.ledger = []
     if resumed:  # as `run` does: what the checkpoint's ledger says, before Lightning loads the weights
-        learner.model = qat.replay(learner.model, qat.make_entry("static", "onnxruntime", [], spec((1, 8, 8))))
+        learner.model = QAT.replay(learner.model, qat.make_entry("static", "onnxruntime", [], spec((1, 8, 8))))
         method.is_applied = True
     x, y, _ = samples((1, 8, 8))
     batches = list(zip(x.split(8), y.split(8), strict=True))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from espalier.compression.base import Conversion, conversion, finalize, replay
 from espalier.compression.weight_only import WeightOnly, decode, encode
 from espalier.errors import ConfigError
-from espalier.export.onnx import Session, operators, write
+from espalier.export.onnx import Session, write
+from espalier.export.onnx_operators import operators
 from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT

@@ -1,37 +1,27 @@
 """What every compression method promises, the order in which methods compose, and the ledger of what was done.
 
-A method is one file of this package: a subclass of `Compression` that decides when, and three names that are enough
-to read a checkpoint without its data, its teacher or the library that chose the channels:
-
-    STAGE                            the place of the method in a recipe
-    replay(model, entry) -> model    makes the structure of a fresh model equal to the compressed one; no weights
-    finalize(model, entry) -> model  the deployable network: masks folded, adapters gone, quantizers converted
-    conversion(entry) -> Conversion | None    optional: what is left for the exporter, where the runtime quantizes
-
-Both may change `model` in place, and return the module that stands for it afterwards. An entry of the ledger is
-`{"method": file name, ...}` with plain values, so a checkpoint can hold it. `docs/compression_methods.md` shows how to
-add one.
+A method is one file of this package, which holds one subclass of `Compression`. `replay` and `finalize` are static, so
+that a checkpoint is read without its data, its teacher or the library that chose the channels. An entry of the ledger
+is `{"method": file name, ...}` with plain values, so a checkpoint can hold it. `docs/compression_methods.md` shows how
+to add one.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from importlib import import_module
-from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 from torch import nn
 
 from espalier import compression
+from espalier.config import plugins
 from espalier.config.hints import nearest
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 from espalier.spec import Entry
 
-FUNCTIONS = ("replay", "finalize")  # of a method's file
 Samples = Callable[[int], Batch]  # that many training samples, not augmented, the same on each rank and each call
 
 
@@ -54,7 +44,7 @@ class Conversion:
     skip: tuple[str, ...] = ()  # modules that stay float
 
 
-class Compression(L.Callback):
+class Compression(L.Callback, plugins.Plugin):
     """One method of a recipe, as a callback of the fit that carries it out.
 
     `setup` changes the structure, before the optimizer is built and before DDP wraps the network: on the first rank,
@@ -62,6 +52,8 @@ class Compression(L.Callback):
     ledger instead, so nothing is chosen twice.
     """
 
+    guide: ClassVar[str] = "docs/compression_methods.md"
+    stage: ClassVar[Stage]  # the place of the method in a recipe
     trains: ClassVar[bool] = True  # False: applied to the trained network, after the fit
     ledger: list[Entry]  # of the run, which sets it
     is_applied = False  # a resumed run has replayed it already
@@ -80,6 +72,21 @@ class Compression(L.Callback):
 
         Called once, on the CPU; `method` is added to the entry by the caller.
         """
+
+    @staticmethod
+    @abstractmethod
+    def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Give a fresh network the structure of the compressed one, in place or not; its weights are loaded next."""
+
+    @staticmethod
+    @abstractmethod
+    def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Return the deployable network: masks folded, adapters gone, quantizers converted."""
+
+    @staticmethod
+    def conversion(entry: Mapping[str, Any]) -> Conversion | None:
+        """Return what is left for the exporter, where it is the runtime that quantizes."""
+        return None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or self.is_applied or not self.trains:
@@ -127,7 +134,7 @@ def replay(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
     """
     for entry in ledger:
         try:
-            model = _file_of(str(entry["method"])).replay(model, entry)
+            model = method_named(str(entry["method"])).replay(model, entry)
         except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
@@ -140,7 +147,7 @@ def finalize(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module
     """Return the deployable network, in evaluation mode."""
     model.eval()
     for entry in ledger:
-        model = _file_of(str(entry["method"])).finalize(model, entry)
+        model = method_named(str(entry["method"])).finalize(model, entry)
     return model.eval()
 
 
@@ -149,7 +156,7 @@ def without_teacher(model: nn.Module, ledger: Iterable[Entry]) -> tuple[nn.Modul
     kept: list[Entry] = []
     for entry in ledger:
         if stage_of(entry["method"]) == Stage.DISTILL:
-            model = _file_of(entry["method"]).finalize(model, entry)
+            model = method_named(entry["method"]).finalize(model, entry)
         else:
             kept.append(entry)
     return model, kept
@@ -157,8 +164,6 @@ def without_teacher(model: nn.Module, ledger: Iterable[Entry]) -> tuple[nn.Modul
 
 def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> None:
     """Raise `ConfigError` unless the methods are in an order that works, after what the source has been through."""
-    for method in recipe:
-        _require_complete(method)
     words = f"compression=[{','.join(recipe)}]"
     stages = {method: stage_of(method) for method in recipe}
     right = sorted(recipe, key=stages.__getitem__)
@@ -183,29 +188,15 @@ def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> 
         )
 
 
-def _require_complete(method: str) -> None:
-    """Raise `ConfigError` if the file of a method lacks what is needed once the network is trained."""
-    file = _file_of(method)
-    missing = [name for name in FUNCTIONS if not callable(getattr(file, name, None))]
-    own = [kind for kind in vars(file).values() if isinstance(kind, type) and issubclass(kind, Compression)]
-    if not any(kind.apply is not Compression.apply for kind in own):
-        missing.append("subclass of Compression with apply")
-    if missing:
-        raise ConfigError(
-            f"compression={method}: {file.__name__} has no {' and no '.join(missing)}; see docs/compression_methods.md"
-        )
-
-
 def methods() -> list[str]:
     """Names of all methods, in the order of their stages."""
-    names = [module.name for module in iter_modules(compression.__path__)]
-    files = {name: import_module(f"{compression.__name__}.{name}") for name in names}
-    return sorted((name for name in names if hasattr(files[name], "STAGE")), key=lambda name: files[name].STAGE)
+    found = plugins.members(compression, Compression)  # type: ignore[type-abstract]
+    return sorted(found, key=lambda name: found[name].stage)
 
 
 def stage_of(method: str) -> Stage:
-    """Return the place of a method in a recipe."""
-    return _file_of(method).STAGE
+    """The place of a method in a recipe."""
+    return method_named(method).stage
 
 
 def is_quantized(ledger: Iterable[Mapping[str, Any]]) -> bool:
@@ -216,16 +207,18 @@ def is_quantized(ledger: Iterable[Mapping[str, Any]]) -> bool:
 def conversion(ledger: Iterable[Mapping[str, Any]]) -> Conversion | None:
     """Return what the exporter has left to do for this network; None where `finalize` did everything."""
     for entry in ledger:
-        of_method = getattr(_file_of(str(entry["method"])), "conversion", None)
-        if of_method is not None and (found := of_method(entry)) is not None:
+        if (found := method_named(str(entry["method"])).conversion(entry)) is not None:
             return found
     return None
 
 
-def _file_of(method: str) -> ModuleType:
-    """Return the file of a method; a ledger comes from a checkpoint, so only names of this package are imported."""
-    if method in {module.name for module in iter_modules(compression.__path__)}:
-        file = import_module(f"{compression.__name__}.{method}")
-        if hasattr(file, "STAGE"):
-            return file
-    raise ConfigError(f"compression {method}: no such method in this version of espalier")
+def method_named(name: str) -> type[Compression]:
+    """Return the class of a method; a ledger comes out of a checkpoint, so only files of this package are imported.
+
+    Raises:
+        ConfigError: there is no such method, or its class is incomplete.
+    """
+    found = plugins.member(compression, Compression, name)  # type: ignore[type-abstract]
+    if found is None:
+        raise ConfigError(f"compression {name}: no such method in this version of espalier")
+    return found

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -26,7 +26,6 @@ from espalier.learners.learner import Learner
 from espalier.seeding import generator
 from espalier.spec import DataSpec, Entry
 
-STAGE = Stage.DISTILL
 ADAPTER_STREAM = 0xADA  # keeps the first weights of adapters apart from other users of the seed
 
 Adapter = Sequence[Any]  # [channels of the student, channels of the teacher, "conv" or "linear"]
@@ -103,6 +102,8 @@ class Distill(Compression):
     `attention_weight` times its `attention_loss`. The soft loss of a regression is the squared error to the teacher.
     """
 
+    stage: ClassVar[Stage] = Stage.DISTILL
+
     def __init__(
         self,
         teacher: str,
@@ -148,13 +149,27 @@ class Distill(Compression):
 
     def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:
         entry = {"adapters": self._adapters(model)}
-        model = replay(model, entry)
+        model = self.replay(model, entry)
         for place, (path, (in_channels, *_)) in enumerate(entry["adapters"].items()):
             adapter: Any = model.get_submodule(f"adapters.{_name(path)}")
             noise = generator(self.seed, ADAPTER_STREAM, place)
             nn.init.normal_(adapter.weight, std=in_channels**-0.5, generator=noise)  # keeps the mean square
             nn.init.zeros_(adapter.bias)
         return model, entry
+
+    @staticmethod
+    def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Add `model.adapters`, one for each feature that needs one; their weights are undefined."""
+        if entry["adapters"]:
+            model.adapters = nn.ModuleDict({_name(path): _adapter(*size) for path, size in entry["adapters"].items()})
+        return model
+
+    @staticmethod
+    def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Remove the adapters."""
+        if entry["adapters"]:
+            del model.adapters
+        return model
 
     def _adapters(self, model: nn.Module) -> dict[str, Adapter]:
         """Return an adapter for each feature that needs one; raise `ConfigError` for a path where nothing compares."""
@@ -249,20 +264,6 @@ def watch(model: nn.Module, paths: Sequence[str], undo: ExitStack) -> Read:
     for path in paths:
         undo.callback(model.get_submodule(path).register_forward_hook(partial(keep, path)).remove)
     return lambda: outputs
-
-
-def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """With `model.adapters`, one for each feature that needs one; their weights are undefined."""
-    if entry["adapters"]:
-        model.adapters = nn.ModuleDict({_name(path): _adapter(*size) for path, size in entry["adapters"].items()})
-    return model
-
-
-def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Without adapters."""
-    if entry["adapters"]:
-        del model.adapters
-    return model
 
 
 def _adapter(in_channels: int, out_channels: int, kind: str) -> nn.Module:

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Gt, Le
@@ -24,7 +24,6 @@ from espalier.errors import ConfigError
 from espalier.profiling.cost import count_params
 from espalier.spec import Entry
 
-STAGE = Stage.STRUCTURE
 GRID = 1000  # shares of energy that the search for a budget of parameters tells apart
 
 KeptShare = Annotated[float, Gt(0), Le(1)]
@@ -37,6 +36,8 @@ class LowRank(Compression):
     `keep` is the share of the singular values of each layer, of their squares (energy), or of all parameters of the
     network, which then get the same share of energy in each layer.
     """
+
+    stage: ClassVar[Stage] = Stage.STRUCTURE
 
     def __init__(
         self, budget: Literal["rank", "energy", "params"], keep: KeptShare, round_to: Count, skip: Sequence[str]
@@ -66,6 +67,21 @@ class LowRank(Compression):
             assert isinstance(layer, Layer)
             model.set_submodule(path, factorise(layer, rank))
         return model, {"ranks": ranks}
+
+    @staticmethod
+    def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Factorise the same layers; their weights are to be loaded."""
+        for path, rank in entry["ranks"].items():
+            layer = model.get_submodule(path)
+            if not isinstance(layer, Layer):
+                raise ValueError(f"{path} is a {type(layer).__name__}, which cannot be factorised")
+            model.set_submodule(path, two_layers(layer, rank))
+        return model
+
+    @staticmethod
+    def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Return the network itself: its layers are deployed as they are."""
+        return model
 
     def _ranks(self, model: nn.Module) -> dict[str, int]:
         """Return the rank of each layer that is to be factorised."""
@@ -97,21 +113,6 @@ class LowRank(Compression):
         """Ranks as multiples of `round_to`, of the layers that need fewer parameters and multiplications then."""
         rounded = {path: self.round_to * ceil(max(1, rank) / self.round_to) for path, rank in ranks.items()}
         return {path: rank for path, rank in rounded.items() if is_cheaper(layers[path], rank)}
-
-
-def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the network with its factorised layers; their weights are to be loaded."""
-    for path, rank in entry["ranks"].items():
-        layer = model.get_submodule(path)
-        if not isinstance(layer, Layer):
-            raise ValueError(f"{path} is a {type(layer).__name__}, which cannot be factorised")
-        model.set_submodule(path, two_layers(layer, rank))
-    return model
-
-
-def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the network itself: its layers are deployed as they are."""
-    return model
 
 
 def factorisable(model: nn.Module, skip: Sequence[str]) -> dict[str, Layer]:

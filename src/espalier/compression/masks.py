@@ -66,18 +66,6 @@ def fold(model: nn.Module) -> None:
         delattr(model.get_submodule(path), leaf + SUFFIX)
 
 
-def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Masks that keep everything, for those of a checkpoint to be loaded into."""
-    attach(model, entry["names"])
-    return model
-
-
-def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the network with its zeros, without masks."""
-    fold(model)
-    return model
-
-
 def sparsity(tensors: Iterable[Tensor]) -> float:
     """Share of entries that are zero or False, over all tensors together; counted."""
     tensors = list(tensors)
@@ -108,6 +96,18 @@ class KeepMasks(L.Callback):
 
     def __init__(self) -> None:
         self.masked: Masked = {}
+
+    @staticmethod
+    def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Attach masks that keep everything, for those of a checkpoint to be loaded into."""
+        attach(model, entry["names"])
+        return model
+
+    @staticmethod
+    def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Return the network with its zeros, without masks."""
+        fold(model)
+        return model
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module.model, nn.Module)

@@ -12,7 +12,7 @@ import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import lcm
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Gt
@@ -28,7 +28,6 @@ from espalier.errors import ConfigError
 from espalier.profiling.cost import count_macs
 from espalier.spec import DataSpec, Entry
 
-STAGE = Stage.STRUCTURE
 NUM_SAMPLES = 512  # for losses and gradients
 CHUNK = 64  # samples in one forward pass
 GRID = 256  # ratios that the search for a budget tells apart
@@ -52,6 +51,8 @@ class PruneChannels(Compression):
     With `budget=ratio` each layer loses the share `ratio`, or all together where `is_global`. With macs or latency it
     is the smallest ratio that makes the network `speedup` times cheaper than it was.
     """
+
+    stage: ClassVar[Stage] = Stage.STRUCTURE
 
     def __init__(
         self,
@@ -127,6 +128,16 @@ class PruneChannels(Compression):
             )
         return model, {"dropped": dropped, "sizes": sizes}
 
+    @staticmethod
+    def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Leave the same branches and sizes."""
+        return reshape(drop(model, entry["dropped"]), entry["sizes"])
+
+    @staticmethod
+    def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Return the network itself: it is smaller already."""
+        return model
+
     def _branches_to_drop(self, model: nn.Module) -> dict[str, bool]:
         paths = removable(model, self.skip)
         if not self.drop_branches:
@@ -172,16 +183,6 @@ class PruneChannels(Compression):
         if self.budget == "macs":
             return count_macs(model, self.spec.shape)
         return self.latency_ms(copy.deepcopy(model).eval())
-
-
-def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the network with the branches and sizes that were left."""
-    return reshape(drop(model, entry["dropped"]), entry["sizes"])
-
-
-def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the network itself: it is smaller already."""
-    return model
 
 
 @torch.no_grad()

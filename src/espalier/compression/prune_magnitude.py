@@ -6,7 +6,7 @@ With `rewind` it finds a lottery ticket: Frankle and Carbin 2019, arXiv 1803.036
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -19,9 +19,6 @@ from espalier.config.ranges import Count, Rate, Share
 from espalier.errors import ConfigError
 from espalier.spec import Entry
 
-STAGE = Stage.MASK
-
-replay, finalize = masks.replay, masks.finalize
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +57,8 @@ class PruneMagnitude(masks.KeepMasks, Compression):
     `rewind` sets what is kept back to the parameters of the first step once the masks are final, and empties the
     optimizer; the learning rate does not go back. Only checkpoints from then on compete for the best.
     """
+
+    stage: ClassVar[Stage] = Stage.MASK
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ input channels, at the same position of a kernel, as cuSPARSELt reads a convolut
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -16,10 +16,6 @@ from espalier.compression.base import Compression, Stage
 from espalier.config.ranges import Count, Share
 from espalier.errors import ConfigError
 from espalier.spec import Entry
-
-STAGE = Stage.MASK
-
-replay, finalize = masks.replay, masks.finalize
 
 
 def keep_nm(weight: Tensor, n: int, m: int) -> Tensor:
@@ -36,6 +32,8 @@ class PruneNM(masks.KeepMasks, Compression):
     Layers whose number of input channels is no multiple of `m` stay dense: a first layer, as a rule. What is zero
     already stays so, and counts. Only checkpoints from then on compete for the best.
     """
+
+    stage: ClassVar[Stage] = Stage.MASK
 
     def __init__(self, n: Count, m: Count, start: Share, skip: Sequence[str]) -> None:
         super().__init__()

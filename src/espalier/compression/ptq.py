@@ -10,10 +10,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from espalier.compression import qat
-from espalier.compression.base import Compression, Samples, Stage
+from espalier.compression.base import Samples
 from espalier.compression.graph_module import CapturedNet
-from espalier.compression.qat import check_skip, layers, make_entry, natural_mode
+from espalier.compression.qat import EightBits, check_skip, layers, make_entry, natural_mode
 from espalier.compression.quantized_graph import calibrate
 from espalier.compression.quantizer import Target
 from espalier.config.ranges import Count
@@ -21,13 +20,10 @@ from espalier.errors import ConfigError
 from espalier.profiling.cost import count_params
 from espalier.spec import DataSpec, Entry
 
-STAGE = Stage.QUANTIZE
 MIN_LINEAR = 0.5  # of the parameters; a CNN with 16 % in linear layers gets 1.13 times smaller and no faster
 
-replay, finalize, conversion = qat.replay, qat.finalize, qat.conversion
 
-
-class PTQ(Compression):
+class PTQ(EightBits):
     """Quantizes the trained network; `num_samples` calibrate the ranges of activations where these are fixed."""
 
     trains: ClassVar[bool] = False
@@ -59,7 +55,7 @@ class PTQ(Compression):
     def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:
         mode = natural_mode(model, self.target) if self.mode == "auto" else self.mode
         entry = make_entry(mode, self.target, self.skip, self.spec)
-        model = replay(model, entry)
+        model = self.replay(model, entry)
         if isinstance(model, CapturedNet):
             calibrate(model, self.samples(self.num_samples).x)
         return model, entry

@@ -6,8 +6,9 @@ Where only linear layers can be quantized, activations get their range at run ti
 modules stay what they are.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -22,15 +23,48 @@ from espalier.config.ranges import Share
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec, Entry
 
-STAGE = Stage.QUANTIZE
-
 Mode = Literal["static", "dynamic"]  # ranges of activations: fixed beforehand, or found at run time
 
 BITS = 8
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class QAT(Compression):
+class EightBits(Compression):
+    """What `qat` and `ptq` have in common: all but when the ranges are found."""
+
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:
+        """Change the network, as `Compression.apply` does."""
+
+    @staticmethod
+    def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Return the network that rounds; a `CapturedNet` where ranges are fixed beforehand."""
+        if entry["mode"] == "static":
+            return prepare(capture(model, entry["input_shape"]), make_quantizer(entry["target"], entry["skip"]))
+        for _, layer in layers(model, entry["skip"]):
+            if type(layer) is nn.Linear:  # subclasses belong to modules that do not call them
+                layer.__class__ = RoundedLinear
+        return model
+
+    @staticmethod
+    def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Return integers where ranges are fixed, plain linear layers where the runtime quantizes."""
+        if isinstance(model, CapturedNet):
+            return convert(model)
+        for layer in model.modules():
+            if type(layer) is RoundedLinear:
+                layer.__class__ = nn.Linear  # type: ignore[assignment]
+        return model
+
+    @staticmethod
+    def conversion(entry: Mapping[str, Any]) -> Conversion | None:
+        """Leave a network whose ranges are found at run time to ONNX Runtime's own tool."""
+        return Conversion("dynamic", BITS, skip=tuple(entry["skip"])) if entry["mode"] == "dynamic" else None
+
+
+class QAT(EightBits):
     """Rounds weights and activations from the first step on.
 
     Ranges follow the values until the share `observe` of the run, batch-norm statistics until the share `statistics`;
@@ -50,7 +84,7 @@ class QAT(Compression):
     def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:
         mode = natural_mode(model, self.target)
         entry = make_entry(mode, self.target, self.skip, self.spec)
-        return replay(model, entry), entry
+        return self.replay(model, entry), entry
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total_steps = trainer.estimated_stepping_batches
@@ -117,31 +151,6 @@ def layers(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Modu
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not is_inside(name, skip):
             yield name, module
-
-
-def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the network that rounds; a `CapturedNet` where ranges are fixed beforehand."""
-    if entry["mode"] == "static":
-        return prepare(capture(model, entry["input_shape"]), make_quantizer(entry["target"], entry["skip"]))
-    for _, layer in layers(model, entry["skip"]):
-        if type(layer) is nn.Linear:  # subclasses belong to modules that do not call them
-            layer.__class__ = RoundedLinear
-    return model
-
-
-def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Integers where ranges are fixed; plain linear layers where the runtime quantizes."""
-    if isinstance(model, CapturedNet):
-        return convert(model)
-    for layer in model.modules():
-        if type(layer) is RoundedLinear:
-            layer.__class__ = nn.Linear  # type: ignore[assignment]
-    return model
-
-
-def conversion(entry: Mapping[str, Any]) -> Conversion | None:
-    """Return what ONNX Runtime's own tool does to the float graph of a network whose ranges are found at run time."""
-    return Conversion("dynamic", BITS, skip=tuple(entry["skip"])) if entry["mode"] == "dynamic" else None
 
 
 def _overlaps(module: nn.Module) -> bool:

@@ -24,7 +24,6 @@ from espalier.errors import ConfigError
 from espalier.profiling.cost import count_params
 from espalier.spec import Entry
 
-STAGE = Stage.QUANTIZE
 MIN_SHARE = 0.1  # of the parameters; a convolutional network's head is less, and the file would be as large as before
 
 
@@ -51,6 +50,7 @@ def decode(codes_NJB: Tensor, scale_NJ: Tensor, bits: int, num_inputs: int) -> T
 class WeightOnly(Compression):
     """Rounds the weights of linear layers to what will be deployed; nothing else changes, and nothing is trained."""
 
+    stage: ClassVar[Stage] = Stage.QUANTIZE
     trains: ClassVar[bool] = False
 
     def __init__(self, bits: Literal[4, 8], block: Literal[16, 32, 64, 128, 256], skip: Sequence[str]) -> None:
@@ -77,6 +77,21 @@ class WeightOnly(Compression):
             layer.weight.copy_(decode(codes_NJB, scale_NJ, self.bits, layer.in_features))
         return model, {"bits": self.bits, "block": self.block, "skip": list(self.skip)}
 
+    @staticmethod
+    def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Return the network itself; the rounded weights come with the checkpoint."""
+        return model
+
+    @staticmethod
+    def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+        """Return the network with its rounded weights, in float: the exporter packs them."""
+        return model
+
+    @staticmethod
+    def conversion(entry: Mapping[str, Any]) -> Conversion:
+        """Have the exporter pack the weights of linear layers."""
+        return Conversion("weight_only", entry["bits"], entry["block"], tuple(entry["skip"]))
+
 
 def linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]:
     """Linear layers by name, outside the modules in `skip`."""
@@ -86,18 +101,3 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]
         if isinstance(layer, nn.Linear)
         if not is_inside(name, skip)
     }
-
-
-def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the same structure; the rounded weights come with the checkpoint."""
-    return model
-
-
-def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the network with its rounded weights, in float: the exporter packs them."""
-    return model
-
-
-def conversion(entry: Mapping[str, Any]) -> Conversion:
-    """Return what is left for the exporter."""
-    return Conversion("weight_only", entry["bits"], entry["block"], tuple(entry["skip"]))

@@ -1,30 +1,23 @@
 """What every method of explanation promises.
 
-A method is one file of this package. It explains one sample at a time, so that its map depends on nothing but the
-network, the sample, the class and the setting, and the perturbed copies of that sample make the batches:
-
-    PACKAGE                                     the module it computes with, of the extra `explain`
-    BY_DEFAULT                                  whether it is among those that nobody named
-    explain(model, x, target, setting) -> map   how much each value of x added to output `target` of the network
-    prepare(model, x, setting) -> Setting       optional: what has to be known of a network; ConfigError: does not fit
-    reference(model, target, setting) -> float  optional: what the map's sum and this add up to is the output
+A method is one file of this package, which holds one subclass of `Explainer`. It explains one sample at a time, so that
+its map depends on nothing but the network, the sample, the class and the setting, and the perturbed copies of that
+sample make the batches.
 
 x has the shape of one sample and lies on the device of the model, which is in evaluation mode. A map is (H, W) for
 images, summed over channels, and (F,) for tables. Letters: N samples, C channels, H height, W width, F features.
 """
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
-from types import ModuleType
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from espalier import explain
+from espalier.config import plugins
 from espalier.config.hints import nearest
 from espalier.data.transforms import Normalise
 from espalier.errors import ConfigError, require
@@ -50,11 +43,46 @@ class Setting:
     seed: int
 
 
+class Explainer(plugins.Plugin):
+    """A method of explanation; it holds nothing, so it is made anew for each call."""
+
+    guide: ClassVar[str] = "docs/explanation.md"
+    package: ClassVar[str] = "torch"  # the module it computes with, of the extra `explain`
+    by_default: ClassVar[bool] = False  # whether it is among those that nobody named
+
+    @abstractmethod
+    def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
+        """Return how much each position of x added to output `target` of the network: (H, W) or (F,)."""
+
+    def prepare(self, model: nn.Module, x: Tensor, setting: Setting) -> Setting:
+        """Return the setting with what has to be known of a network.
+
+        Raises:
+            ConfigError: the method does not fit the network.
+        """
+        return setting
+
+    def reference(self, model: nn.Module, target: int, setting: Setting) -> float | None:
+        """Return what the sum of a map and this add up to the output from; None for a method that promises no sum."""
+        return None
+
+
 def methods() -> list[str]:
     """Names of all methods, those of the default first."""
-    names = [module.name for module in iter_modules(explain.__path__)]
-    found = [name for name in names if hasattr(_file_of(name), "BY_DEFAULT")]
-    return sorted(found, key=lambda name: (not is_default(name), name))
+    found = plugins.members(explain, Explainer)  # type: ignore[type-abstract]
+    return sorted(found, key=lambda name: (not found[name].by_default, name))
+
+
+def method_named(name: str) -> Explainer:
+    """Return a method.
+
+    Raises:
+        ConfigError: there is no such method, or its class is incomplete.
+    """
+    found = plugins.member(explain, Explainer, name)  # type: ignore[type-abstract]
+    if found is None:
+        raise ConfigError(f"task.method=[{name}]: no method {name}{nearest(name, methods())}")
+    return found()
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
@@ -63,7 +91,8 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     Raises:
         ConfigError: one is no method, or its package is not installed.
     """
-    found = [name for name in methods() if is_default(name)] if names is None else list(dict.fromkeys(names))
+    defaults = (name for name in methods() if method_named(name).by_default)
+    found = list(dict.fromkeys(defaults if names is None else names))
     check(found)
     return found
 
@@ -78,24 +107,9 @@ def check(names: Sequence[str]) -> None:
             near = nearest(name, methods())
             raise ConfigError(f"{key}: no method {name}{near}; there are {', '.join(methods())}")
         try:
-            require(_file_of(name).PACKAGE, EXTRA)
+            require(method_named(name).package, EXTRA)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
-
-
-def is_default(name: str) -> bool:
-    """Whether the method is used where nobody named one."""
-    return bool(_file_of(name).BY_DEFAULT)
-
-
-def prepare(name: str, model: nn.Module, x: Tensor, setting: Setting) -> Setting:
-    """Return the setting with what the method has to know of this network.
-
-    Raises:
-        ConfigError: the method does not fit it.
-    """
-    of_method = getattr(_file_of(name), "prepare", None)
-    return setting if of_method is None else of_method(model, x, setting)
 
 
 def fitting(
@@ -110,7 +124,7 @@ def fitting(
     notes = []
     for name in names:
         try:
-            settings[name] = prepare(name, model, x, setting)
+            settings[name] = method_named(name).prepare(model, x, setting)
         except ConfigError as error:
             if must_fit:
                 raise
@@ -119,15 +133,8 @@ def fitting(
 
 
 def attribute(name: str, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """Return the map of one sample, float32 on the CPU."""
-    explain_one: Callable[[nn.Module, Tensor, int, Setting], Tensor] = _file_of(name).explain
-    return explain_one(model, x, target, setting).detach().float().cpu()
-
-
-def reference(name: str, model: nn.Module, target: int, setting: Setting) -> float | None:
-    """Return the output that the sum of a map starts from; None for a method that promises no sum."""
-    of_method = getattr(_file_of(name), "reference", None)
-    return None if of_method is None else float(of_method(model, target, setting))
+    """The map of one sample, float32 on the CPU."""
+    return method_named(name).explain(model, x, target, setting).detach().float().cpu()
 
 
 @torch.no_grad()
@@ -180,8 +187,3 @@ def spread(value_P: Tensor, piece: Tensor) -> Tensor:
     """Return a map from one value per piece: each position gets an equal part, so that the total stays."""
     size_P = piece.flatten().bincount()
     return (value_P / size_P)[piece]
-
-
-@cache
-def _file_of(name: str) -> ModuleType:
-    return import_module(f"{explain.__name__}.{name}")

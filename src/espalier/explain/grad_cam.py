@@ -6,6 +6,7 @@ Selvaraju et al. 2016, arXiv 1610.02391, section 3. Letters: B batch, C channels
 import copy
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,10 +14,8 @@ from torch import Tensor, fx, nn
 from espalier.compression.graph_module import CapturedNet, module_names
 from espalier.config.hints import nearest
 from espalier.errors import ConfigError, require
-from espalier.explain.base import EXTRA, Setting
+from espalier.explain.base import EXTRA, Explainer, Setting
 
-PACKAGE = "captum"
-BY_DEFAULT = True
 MIN_SIDE = 4  # a coarser map says no more than left and right
 PROBE = "grad_cam_probe"
 FITTING = "use integrated_gradients, occlusion, smooth_grad, shap or lime"
@@ -24,40 +23,47 @@ FITTING = "use integrated_gradients, occlusion, smooth_grad, shap or lime"
 Shapes = dict[str, tuple[int, ...]]  # module -> shape of its output, in the order in which modules finish
 
 
-def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """Where the layer saw what speaks for the output, in its own resolution, scaled to the image; never negative."""
-    assert setting.layer is not None, "prepare chooses it"
-    captum = require("captum.attr", EXTRA)
-    model, layer = _with_layer(model, setting.layer)
-    found = captum.LayerGradCam(model, layer).attribute(
-        x[None].clone().requires_grad_(), target=target, relu_attributions=True
-    )
-    return captum.LayerAttribution.interpolate(found, tuple(x.shape[1:]), "bilinear")[0, 0]
+class GradCAM(Explainer):
+    """Looks at feature maps of one layer, weighted by the mean gradient of the output."""
 
+    package: ClassVar[str] = "captum"
+    by_default: ClassVar[bool] = True
 
-def prepare(model: nn.Module, x: Tensor, setting: Setting) -> Setting:
-    """Return the setting with a layer: the last whose maps have MIN_SIDE positions a side or more, else the finest.
-
-    Raises:
-        ConfigError: no layer has maps, or the one that the user named does not.
-    """
-    shapes = _output_shapes(model, x)
-    maps: Shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4 and min(shape[2:]) > 1}
-    if x.ndim != 3 or not maps:
-        raise ConfigError(f"task.method=[grad_cam]: this network has no convolutional feature maps; {FITTING}")
-    if setting.layer is not None:
-        if setting.layer not in maps:
-            near = nearest(setting.layer, list(maps))
-            raise ConfigError(f"task.layer={setting.layer}: no layer with feature maps{near}; there are {_some(maps)}")
-        return setting
-    last = list(maps)[-1]
-    if any(len(shape) == 3 for shape in _after(shapes, last)):
-        raise ConfigError(
-            f"task.method=[grad_cam]: after {last} this network goes on in tokens, which are no feature maps; "
-            f"{FITTING}, or task.layer={last}"
+    def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
+        """Return where the layer saw what speaks for the output, scaled to the size of the image; never negative."""
+        assert setting.layer is not None, "prepare chooses it"
+        captum = require("captum.attr", EXTRA)
+        model, layer = _with_layer(model, setting.layer)
+        found = captum.LayerGradCam(model, layer).attribute(
+            x[None].clone().requires_grad_(), target=target, relu_attributions=True
         )
-    best = max(min(*shape[2:], MIN_SIDE) for shape in maps.values())
-    return replace(setting, layer=[name for name, shape in maps.items() if min(*shape[2:], MIN_SIDE) == best][-1])
+        return captum.LayerAttribution.interpolate(found, tuple(x.shape[1:]), "bilinear")[0, 0]
+
+    def prepare(self, model: nn.Module, x: Tensor, setting: Setting) -> Setting:
+        """Choose the last layer whose maps have at least MIN_SIDE positions a side, or the finest there is.
+
+        Raises:
+            ConfigError: no layer has maps, or the one that the user named does not.
+        """
+        shapes = _output_shapes(model, x)
+        maps: Shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4 and min(shape[2:]) > 1}
+        if x.ndim != 3 or not maps:
+            raise ConfigError(f"task.method=[grad_cam]: this network has no convolutional feature maps; {FITTING}")
+        if setting.layer is not None:
+            if setting.layer not in maps:
+                near = nearest(setting.layer, list(maps))
+                raise ConfigError(
+                    f"task.layer={setting.layer}: no layer with feature maps{near}; there are {_some(maps)}"
+                )
+            return setting
+        last = list(maps)[-1]
+        if any(len(shape) == 3 for shape in _after(shapes, last)):
+            raise ConfigError(
+                f"task.method=[grad_cam]: after {last} this network goes on in tokens, which are no feature maps; "
+                f"{FITTING}, or task.layer={last}"
+            )
+        best = max(min(*shape[2:], MIN_SIDE) for shape in maps.values())
+        return replace(setting, layer=[name for name, shape in maps.items() if min(*shape[2:], MIN_SIDE) == best][-1])
 
 
 def _after(shapes: Shapes, name: str) -> list[tuple[int, ...]]:

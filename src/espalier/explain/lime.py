@@ -7,7 +7,7 @@ its distance from the training mean. Letters: B batch, C channels, H height, W w
 
 from contextlib import redirect_stderr
 from io import StringIO
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from espalier.errors import require
-from espalier.explain.base import EXTRA, Setting, pieces, scores, spread
-
-PACKAGE = "lime"
-BY_DEFAULT = False
+from espalier.explain.base import EXTRA, Explainer, Setting, pieces, scores, spread
 
 
-def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """Return the contributions of the linear model; they need not add up to the output."""
-    return (_of_image if x.ndim == 3 else _of_table)(model, x, target, setting)
+class LIME(Explainer):
+    """Fits a linear model to the network around one sample."""
+
+    package: ClassVar[str] = "lime"
+
+    def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
+        """Return the contributions of the linear model; they need not add up to the output."""
+        return (_of_image if x.ndim == 3 else _of_table)(model, x, target, setting)
 
 
 def _of_image(model: nn.Module, x_CHW: Tensor, target: int, setting: Setting) -> Tensor:

@@ -3,29 +3,34 @@
 Zeiler and Fergus 2013, arXiv 1311.2901, section 4.2.
 """
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from espalier.errors import require
-from espalier.explain.base import EXTRA, Setting, by_position
-
-PACKAGE = "captum"
-BY_DEFAULT = True
+from espalier.explain.base import EXTRA, Explainer, Setting, by_position
 
 
-def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """Return the mean fall over the windows that cover a position; windows overlap by half, and cover all channels."""
-    stride = max(1, setting.patch // 2)
-    is_image = x.ndim == 3
-    attribution = (
-        require("captum.attr", EXTRA)
-        .Occlusion(model)
-        .attribute(
-            x[None],
-            sliding_window_shapes=(len(x), setting.patch, setting.patch) if is_image else (1,),
-            strides=(len(x), stride, stride) if is_image else (1,),
-            baselines=setting.baseline[None],
-            target=target,
-            perturbations_per_eval=setting.batch_size,
+class Occlusion(Explainer):
+    """Covers one window after the other."""
+
+    package: ClassVar[str] = "captum"
+    by_default: ClassVar[bool] = True
+
+    def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
+        """Return the mean fall over the windows that cover a position; they overlap by half, and cover all channels."""
+        stride = max(1, setting.patch // 2)
+        is_image = x.ndim == 3
+        attribution = (
+            require("captum.attr", EXTRA)
+            .Occlusion(model)
+            .attribute(
+                x[None],
+                sliding_window_shapes=(len(x), setting.patch, setting.patch) if is_image else (1,),
+                strides=(len(x), stride, stride) if is_image else (1,),
+                baselines=setting.baseline[None],
+                target=target,
+                perturbations_per_eval=setting.batch_size,
+            )
         )
-    )
-    return by_position(attribution[0]) / (len(x) if is_image else 1)
+        return by_position(attribution[0]) / (len(x) if is_image else 1)

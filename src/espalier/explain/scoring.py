@@ -29,7 +29,8 @@ def measure(name: str, model: nn.Module, shown: Shown, setting: Setting) -> tupl
     """
     maps_S, seconds = attribute(name, model, shown, range(len(shown)), setting)
     metrics: dict[str, float] = {}
-    references = {target: base.reference(name, model, target, setting) for target in set(shown.target.tolist())}
+    method = base.method_named(name)
+    references = {target: method.reference(model, target, setting) for target in set(shown.target.tolist())}
     reference_S = torch.tensor([value for value in map(references.get, shown.target.tolist()) if value is not None])
     if len(reference_S):
         output_S = shown.output.gather(1, shown.target[:, None])[:, 0]

@@ -8,7 +8,7 @@ Letters: N samples, R combinations, P pieces.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,43 +16,45 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from espalier.errors import require
-from espalier.explain.base import EXTRA, Setting, pieces, scores, spread
+from espalier.explain.base import EXTRA, Explainer, Setting, pieces, scores, spread
 
-PACKAGE = "shap"
-BY_DEFAULT = False
 NUM_BACKGROUND = 8  # training samples that stand in for what is switched off; cost grows with it
 
 
-def explain(model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """Return the map adds up to the output of x minus the mean output of the background (local accuracy), exactly."""
-    piece = pieces(x.shape, setting.patch)
-    num_pieces = int(piece.max()) + 1
-    background_N = setting.background[:NUM_BACKGROUND]
-    rows_at_once = max(1, setting.batch_size // len(background_N))
+class SHAP(Explainer):
+    """Switches pieces off in random orders."""
 
-    def value(is_on_QP: NDArray[Any]) -> NDArray[Any]:
-        values = []
-        for is_on_RP in torch.from_numpy(np.asarray(is_on_QP) > 0).split(rows_at_once):
-            is_on = is_on_RP.to(x.device)[:, piece].view(-1, 1, *[1] * (x.ndim - piece.ndim), *piece.shape)
-            mixed = torch.where(is_on, x, background_N).flatten(0, 1)
-            values.append(scores(model, mixed, target, setting.batch_size).view(len(is_on), -1).mean(dim=1))
-        return torch.cat(values).double().cpu().numpy()
+    package: ClassVar[str] = "shap"
 
-    with _numpy_state():
-        explainer = require(PACKAGE, EXTRA).explainers.Permutation(
-            value, np.zeros((1, num_pieces)), seed=setting.seed % 2**32
-        )
-        found = explainer(
-            np.ones((1, num_pieces)),
-            max_evals=max(setting.evaluations, 2 * num_pieces + 1),
-            silent=True,
-        )
-    return spread(torch.from_numpy(found.values[0]), piece)
+    def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
+        """Return a map that adds up to the output of x minus the mean output of the background, exactly."""
+        piece = pieces(x.shape, setting.patch)
+        num_pieces = int(piece.max()) + 1
+        background_N = setting.background[:NUM_BACKGROUND]
+        rows_at_once = max(1, setting.batch_size // len(background_N))
 
+        def value(is_on_QP: NDArray[Any]) -> NDArray[Any]:
+            values = []
+            for is_on_RP in torch.from_numpy(np.asarray(is_on_QP) > 0).split(rows_at_once):
+                is_on = is_on_RP.to(x.device)[:, piece].view(-1, 1, *[1] * (x.ndim - piece.ndim), *piece.shape)
+                mixed = torch.where(is_on, x, background_N).flatten(0, 1)
+                values.append(scores(model, mixed, target, setting.batch_size).view(len(is_on), -1).mean(dim=1))
+            return torch.cat(values).double().cpu().numpy()
 
-def reference(model: nn.Module, target: int, setting: Setting) -> Tensor:
-    """Return the mean output of the background."""
-    return scores(model, setting.background[:NUM_BACKGROUND], target, setting.batch_size).mean()
+        with _numpy_state():
+            explainer = require(self.package, EXTRA).explainers.Permutation(
+                value, np.zeros((1, num_pieces)), seed=setting.seed % 2**32
+            )
+            found = explainer(
+                np.ones((1, num_pieces)),
+                max_evals=max(setting.evaluations, 2 * num_pieces + 1),
+                silent=True,
+            )
+        return spread(torch.from_numpy(found.values[0]), piece)
+
+    def reference(self, model: nn.Module, target: int, setting: Setting) -> float:
+        """Return the mean output of the background."""
+        return float(scores(model, setting.background[:NUM_BACKGROUND], target, setting.batch_size).mean())
 
 
 @contextmanager

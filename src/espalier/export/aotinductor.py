@@ -6,7 +6,9 @@ inductor has integer convolutions, but uses them only with `freezing`, and then 
 """
 
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import ClassVar
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
@@ -15,13 +17,9 @@ from torch import Tensor, nn
 from espalier.compression.base import Conversion
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
-from espalier.export.formats import DTYPES, converting, draft
+from espalier.export.formats import DTYPES, Format, converting, draft
 from espalier.export.torch_export import program, reloaded, torch_threads
 
-RUNTIME = "aotinductor"
-FILES = ("model.aot.pt2",)
-PRECISIONS = tuple(DTYPES)
-CONVERSIONS = ()
 OPTIONS = {
     "aot_inductor.enable_line_tables": False,  # 1.3 MB of 1.8 are the lines of the C++ files
     "cpp.dynamic_threads": True,  # else the number of threads at export is compiled in
@@ -29,26 +27,38 @@ OPTIONS = {
 ENTRIES_OF_CODE = (".cpp", ".h")  # what was compiled; loading needs the compiled alone
 
 
-def require(key: str) -> None:
-    """Raise `ConfigError` unless there is a C++ compiler."""
-    from torch._inductor import config
+class AOTInductor(Format):
+    """Compiles for the processor it runs on."""
 
-    names = [name for name in config.cpp.cxx if name]
-    if not any(map(shutil.which, names)):
-        raise ConfigError(
-            f"{key}: aotinductor needs the C++ compiler {names[-1]}, which is not installed; "
-            "on Debian and Ubuntu: apt-get install g++"
-        )
+    runtime: ClassVar[str] = "aotinductor"
+    files: ClassVar[tuple[str, ...]] = ("model.aot.pt2",)
+    precisions: ClassVar[Collection[str]] = tuple(DTYPES)
+    is_machine_code: ClassVar[bool] = True
 
+    def require(self, key: str) -> None:
+        """Raise `ConfigError` unless there is a C++ compiler."""
+        from torch._inductor import config
 
-def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
-    """Compile for batches of any size; takes seconds to a minute."""
-    with converting("aotinductor"), draft(path) as target, torch.no_grad():
-        exported = reloaded(program(model, input_shape))
-        package = target.with_name("unstripped.pt2")
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=OPTIONS)
-        _strip(package, target)
-        package.unlink()
+        names = [name for name in config.cpp.cxx if name]
+        if not any(map(shutil.which, names)):
+            raise ConfigError(
+                f"{key}: aotinductor needs the C++ compiler {names[-1]}, which is not installed; "
+                "on Debian and Ubuntu: apt-get install g++"
+            )
+
+    def write(
+        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+    ) -> None:
+        """Compile for batches of any size; takes seconds to a minute."""
+        with converting("aotinductor"), draft(path) as target, torch.no_grad():
+            exported = reloaded(program(model, input_shape))
+            package = target.with_name("unstripped.pt2")
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=OPTIONS)
+            _strip(package, target)
+            package.unlink()
+
+    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+        return Session(path, threads)
 
 
 class Session:

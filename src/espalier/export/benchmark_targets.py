@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from espalier.compression.base import is_quantized
+from espalier.config.plugins import OneOf
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export import deployed, formats
@@ -25,10 +26,10 @@ from espalier.profiling import cost, latency
 from espalier.profiling.memory import Load, Prepare, on_zeros, peak_bytes, tensor_bytes
 from espalier.spec import Entry
 
-Runtime = Literal["eager", "compiled", "onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino"]
 Precision = Literal["fp32", "bf16"]
-Choice = tuple["Network", Runtime, Precision]
 IN_TORCH = ("eager", "compiled")  # the others are files
+Runtime = Annotated[str, OneOf(lambda: [*IN_TORCH, *formats.runnable()])]
+Choice = tuple["Network", Runtime, Precision]
 NOT_IN_NAMES = re.compile(r"[^\w.+-]+")  # of folders
 CPU = torch.device("cpu")  # where files run
 FEW_CALLS = 100  # below, the 99th percentile is the slowest call or close to it
@@ -77,7 +78,7 @@ def plan(
             notes.append(f"not run: {what}: a bundle has the precision that it was exported in")
         elif form != "fp32" and is_quantized(network.ledger):
             notes.append(f"not run: {what}: its numbers are integers")
-        elif runtime not in IN_TORCH and form not in formats.module(runtime).PRECISIONS:
+        elif runtime not in IN_TORCH and form not in formats.named(runtime).precisions:
             notes.append(f"not run: {what}: the runtime lacks layers in it on a CPU")
         else:
             choices.append(choice)
@@ -88,7 +89,7 @@ def plan(
 
 
 def _conversions(runtime: Runtime) -> Collection[str]:
-    return () if runtime in IN_TORCH else formats.module(runtime).CONVERSIONS
+    return () if runtime in IN_TORCH else formats.named(runtime).conversions
 
 
 def _title(choice: Choice) -> str:
@@ -138,8 +139,8 @@ def _in_torch(choice: Choice, device: torch.device, batch_size: Count, threads: 
 
 def _as_file(choice: Choice, folder: Path, batch_size: Count, threads: Count) -> Candidate:
     network, runtime, _ = choice
-    written, path = formats.module(runtime), _file(choice, folder)
-    row = {**_row(choice), "size_bytes": sum(cost.size_bytes(path.parent / file) for file in written.FILES)}
+    written, path = formats.named(runtime), _file(choice, folder)
+    row = {**_row(choice), "size_bytes": sum(cost.size_bytes(path.parent / file) for file in written.files)}
     is_dynamic = network.bundle.sample_by_sample if network.bundle else False
     if network.deployable:
         is_dynamic = deployed.is_dynamic(network.deployable.conversion)
@@ -161,8 +162,8 @@ def _file(choice: Choice, folder: Path) -> Path:
         return network.bundle.file(runtime)
     if (runtime, form) not in network.files:
         assert network.deployable is not None
-        written = formats.module(runtime)
-        path = folder / NOT_IN_NAMES.sub("_", f"{network.name}_{form}_{runtime}") / written.FILES[0]
+        written = formats.named(runtime)
+        path = folder / NOT_IN_NAMES.sub("_", f"{network.name}_{form}_{runtime}") / written.files[0]
         written.write(network.in_precision(form), network.shape, path, network.deployable.conversion)
         network.files[runtime, form] = path
     return network.files[runtime, form]

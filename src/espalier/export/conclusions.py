@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from espalier.compression.base import Conversion
-from espalier.export import formats, onnx
+from espalier.export import formats, onnx_operators
 from espalier.export.deployed import Artifact
 from espalier.reporting.report import bytes_
 
@@ -25,8 +25,8 @@ def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_
 
 
 def kept_in_float(name: str, conversion: Conversion | None) -> Iterator[str]:
-    """Yield a remark where a format does not carry out the quantization that the network was meant for."""
-    if conversion is not None and conversion.kind not in formats.module(name).CONVERSIONS:
+    """A remark where a format does not carry out the quantization that the network was meant for."""
+    if conversion is not None and conversion.kind not in formats.named(name).conversions:
         yield f"{name} keeps in float what ONNX Runtime computes in {conversion.bits} bits ({conversion.kind})"
 
 
@@ -37,12 +37,16 @@ def agreement(metric: str, values: Mapping[str, float]) -> str:
 
 def fusion(quantized: Artifact) -> str:
     """Which integer operators the runtime runs, or that it runs none, or which layers it left in float."""
-    unfused = onnx.unfused(quantized.path)
+    unfused = onnx_operators.unfused(quantized.path)
     if unfused:
         return (
             f"NOT FUSED, run in float by {quantized.runtime}: {', '.join(unfused[:NUM_NAMED])} ({len(unfused)} in all)"
         )
-    integer = {name: count for name, count in onnx.operators(quantized.path).items() if onnx.is_integer(name)}
+    integer = {
+        name: count
+        for name, count in onnx_operators.operators(quantized.path).items()
+        if onnx_operators.is_integer(name)
+    }
     if not integer:
         return f"no layer runs in integers: {quantized.runtime} computes in float"
     return "fused: " + ", ".join(f"{count} {name}" for name, count in sorted(integer.items()))

@@ -100,11 +100,10 @@ def predictor(artifact: Artifact, session: onnx.Session) -> Predict:
 
 
 def session(name: str, path: Path, threads: int, is_dynamic: bool) -> Predict:
-    """Return a file of one of `formats.FORMATS` in its runtime, called sample by sample where it has to be."""
-    module = formats.module(name)
-    assert module.Session is not None
-    opened = module.Session(path, threads)
-    return one_by_one(opened) if is_dynamic and "dynamic" in module.CONVERSIONS else opened
+    """Open a file of a format in its runtime, called sample by sample where it has to be."""
+    chosen = formats.named(name)
+    opened = chosen.session(path, threads)
+    return one_by_one(opened) if is_dynamic and "dynamic" in chosen.conversions else opened
 
 
 def is_dynamic(conversion: Conversion | None) -> bool:

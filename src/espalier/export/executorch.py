@@ -3,7 +3,9 @@
 Networks quantized with `target=executorch` run in integers; XNNPACK has no operators for those of other targets.
 """
 
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,36 +13,43 @@ from torch import Tensor, nn
 from espalier.compression.base import Conversion
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
-from espalier.export.formats import DTYPES, converting, draft, require_package, silent
+from espalier.export.formats import DTYPES, Format, converting, draft, require_package, silent
 from espalier.export.torch_export import program
 
-RUNTIME = "executorch"
-FILES = ("model.pte",)
-PRECISIONS = tuple(DTYPES)
-CONVERSIONS = ()
 MAX_BATCH = 256  # memory is planned beforehand, so there is a largest batch; sessions cut what is longer
 NOT_LOWERED = "quantized_decomposed"  # operators that XNNPACK has taken in where it can
 
 
-def require(key: str) -> None:
-    """Raise `ConfigError` unless executorch is installed."""
-    require_package(key, "executorch", "pip install 'espalier[executorch]'")
+class ExecuTorch(Format):
+    """A program for phones, whose layers XNNPACK runs."""
 
+    runtime: ClassVar[str] = "executorch"
+    files: ClassVar[tuple[str, ...]] = ("model.pte",)
+    precisions: ClassVar[Collection[str]] = tuple(DTYPES)
 
-def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
-    """Write the program for batches of 1 to MAX_BATCH."""
-    with converting("executorch"), draft(path) as target, silent():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+    def require(self, key: str) -> None:
+        """Raise `ConfigError` unless executorch is installed."""
+        require_package(key, "executorch", "pip install 'espalier[executorch]'")
 
-        exported = program(model, input_shape, num_example=MAX_BATCH, max_batch=MAX_BATCH)
-        lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
-        if any(NOT_LOWERED in str(node.target) for node in lowered.exported_program().graph.nodes):
-            raise ConfigError(
-                "task.format=executorch: XNNPACK cannot run the integers of this network; quantize it with "
-                "target=executorch, as in compression.qat.target=executorch"
-            )
-        target.write_bytes(lowered.to_executorch().buffer)
+    def write(
+        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+    ) -> None:
+        """Write the program for batches of 1 to MAX_BATCH."""
+        with converting("executorch"), draft(path) as target, silent():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            exported = program(model, input_shape, num_example=MAX_BATCH, max_batch=MAX_BATCH)
+            lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+            if any(NOT_LOWERED in str(node.target) for node in lowered.exported_program().graph.nodes):
+                raise ConfigError(
+                    "task.format=executorch: XNNPACK cannot run the integers of this network; quantize it with "
+                    "target=executorch, as in compression.qat.target=executorch"
+                )
+            target.write_bytes(lowered.to_executorch().buffer)
+
+    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+        return Session(path, threads)
 
 
 class Session:

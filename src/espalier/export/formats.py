@@ -1,7 +1,7 @@
-"""What a network can be written as: one file of this package and one word in `FORMATS` each, and what all share.
+"""What a network can be written as, and what all formats share.
 
-A format is a module with the names of `Format`. `docs/formats.md` compares them and shows how each file is used without
-this package.
+A format is one file of this package, which holds one subclass of `Format`. `docs/formats.md` compares them and shows
+how each file is used without this package.
 """
 
 import copy
@@ -10,40 +10,50 @@ import os
 import re
 import sys
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from espalier import export
 from espalier.compression.base import Conversion
 from espalier.compression.graph_module import CapturedNet
+from espalier.config import plugins
+from espalier.config.plugins import OneOf
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 
-FORMATS = ("onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino", "safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLACE_IN_CPP = re.compile(r"(Exception from|Check '.*' failed at) \S+:\d+:?$")
 MAX_REASON = 200  # characters of what a converter says; some print the whole graph
 
 
-class Format(Protocol):
-    """The names that the module of a format has."""
+class Format(plugins.Plugin):
+    """A format; it holds nothing, so it is made anew for each call."""
 
-    RUNTIME: str | None  # as rows of a report call it; None: weights alone, which nothing runs
-    FILES: tuple[str, ...]  # of a bundle; a session opens the first one
-    PRECISIONS: Collection[str]  # of `DTYPES`, those that run on a CPU
-    CONVERSIONS: Collection[str]  # kinds of `Conversion` that are carried out; others leave the network in float
-    Session: Callable[[Path, Count], Callable[[Tensor], Tensor]] | None  # samples (B, ...) to float32 logits (B, K)
+    guide: ClassVar[str] = "docs/formats.md"
+    files: ClassVar[tuple[str, ...]]  # of a bundle; a session opens the first one
+    runtime: ClassVar[str | None] = None  # as rows of a report call it; None: weights alone, which nothing runs
+    precisions: ClassVar[Collection[str]] = ("fp32",)  # of `DTYPES`, those that run on a CPU
+    conversions: ClassVar[Collection[str]] = ()  # kinds of `Conversion` that are carried out; others stay in float
+    is_machine_code: ClassVar[bool] = False  # does what its author wrote, so it runs only where somebody names it
+    place: ClassVar[int] = 9  # in lists; of a bundle the first format is run where nobody names one
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.runtime is not None and cls.session is Format.session:
+            raise ConfigError(f"{cls.__module__}.{cls.__qualname__} has a runtime and no session; see {cls.guide}")
 
     def require(self, key: str) -> None:
         """Raise `ConfigError`, which starts with `key`, unless all that writing and running need is installed."""
 
+    @abstractmethod
     def write(
         self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
     ) -> None:
@@ -53,10 +63,36 @@ class Format(Protocol):
         the network.
         """
 
+    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+        """Open a file on the CPU; samples (B, ...) become float32 logits (B, K) on the CPU, without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} has no runtime")
 
-def module(name: str) -> Format:
-    """Return the module of one of `FORMATS`; a package that it needs is imported when it is used."""
-    return cast(Format, import_module(f"espalier.export.{name}"))
+
+def names() -> list[str]:
+    """Names of all formats, the preferred ones first."""
+    found = plugins.members(export, Format)  # type: ignore[type-abstract]
+    return sorted(found, key=lambda name: (found[name].place, name))
+
+
+def runnable() -> list[str]:
+    """Names of the formats that a runtime runs."""
+    return [name for name in names() if named(name).runtime is not None]
+
+
+def named(name: str) -> Format:
+    """Return a format; a package that it needs is imported when it is used.
+
+    Raises:
+        ConfigError: there is no such format, or its class is incomplete.
+    """
+    found = plugins.member(export, Format, name)  # type: ignore[type-abstract]
+    if found is None:
+        raise ConfigError(f"format {name}: no such format; there are {', '.join(names())}")
+    return found()
+
+
+Name = Annotated[str, OneOf(names)]  # of a format, as a knob
+Runnable = Annotated[str, OneOf(runnable)]
 
 
 def require_package(key: str, package: str, remedy: str) -> None:
@@ -96,8 +132,8 @@ def require_precision(name: str, model: nn.Module) -> None:
     """Raise `ConfigError` if a format cannot run the network in the precision that its tensors have."""
     held = {tensor.dtype for tensor in model.state_dict().values()}
     for precision, dtype in DTYPES.items():
-        if dtype in held and precision not in module(name).PRECISIONS:
-            able = ", ".join(each for each in FORMATS if precision in module(each).PRECISIONS)
+        if dtype in held and precision not in named(name).precisions:
+            able = ", ".join(each for each in names() if precision in named(each).precisions)
             raise ConfigError(
                 f"task.precision={precision}: {name} does not run every layer in it on a CPU; these do: {able}"
             )

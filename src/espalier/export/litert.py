@@ -4,7 +4,9 @@ litert-torch cannot follow a batch of unknown size through a view or an expansio
 dependencies pin older packages than this one needs, so it is no extra; see INSTALL.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,35 +16,41 @@ from espalier.compression.base import Conversion
 from espalier.compression.graph_module import CapturedNet
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
-from espalier.export.formats import converting, draft, require_package, require_precision, silent
+from espalier.export.formats import Format, converting, draft, require_package, require_precision, silent
 from espalier.export.torch_export import program
 
-RUNTIME = "litert"
-FILES = ("model.tflite",)
-PRECISIONS = ("fp32",)
-CONVERSIONS = ()
 INSTALL = "pip install litert-torch==0.10.0, then pip install 'typing-extensions>=4.16' 'pydantic>=2.13'"
 
 
-def require(key: str) -> None:
-    """Raise `ConfigError` unless litert-torch is installed."""
-    for package in ("litert_torch", "ai_edge_litert"):
-        require_package(key, package, INSTALL)
+class LiteRT(Format):
+    """A network for LiteRT, which runs one sample per call."""
 
+    runtime: ClassVar[str] = "litert"
+    files: ClassVar[tuple[str, ...]] = ("model.tflite",)
 
-def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
-    """Write the network for one sample at a time."""
-    if isinstance(model, CapturedNet):
-        raise ConfigError(
-            "task.format=litert: litert-torch cannot convert the integers of a network that is quantized in torch; "
-            "onnx, openvino and torch_export do"
-        )
-    require_precision("litert", model)
-    with converting("litert"), draft(path) as target, silent():
-        import litert_torch
+    def require(self, key: str) -> None:
+        """Raise `ConfigError` unless litert-torch is installed."""
+        for package in ("litert_torch", "ai_edge_litert"):
+            require_package(key, package, INSTALL)
 
-        nameless = program(model, input_shape, max_batch=1).module()  # or the file names the classes of its layers
-        litert_torch.convert(nameless, (torch.zeros(1, *input_shape),)).export(str(target))
+    def write(
+        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+    ) -> None:
+        """Write the network for one sample at a time."""
+        if isinstance(model, CapturedNet):
+            raise ConfigError(
+                "task.format=litert: litert-torch cannot convert the integers of a network that is quantized in torch; "
+                "onnx, openvino and torch_export do"
+            )
+        require_precision("litert", model)
+        with converting("litert"), draft(path) as target, silent():
+            import litert_torch
+
+            nameless = program(model, input_shape, max_batch=1).module()  # or the file names the classes of its layers
+            litert_torch.convert(nameless, (torch.zeros(1, *input_shape),)).export(str(target))
+
+    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+        return Session(path, threads)
 
 
 class Session:

@@ -6,13 +6,13 @@ Letters: B batch, N output features, K input features, J blocks of a row.
 
 import ast
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import onnx
-import onnxruntime
 import torch
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -24,25 +24,15 @@ from espalier.compression.weight_only import encode
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export import session
-from espalier.export.formats import draft, quiet, reason, require_precision
+from espalier.export.formats import Format, draft, quiet, reason, require_precision
 
-RUNTIME = "onnxruntime"
-FILES = ("model.onnx",)
-PRECISIONS = ("fp32", "fp16")  # ONNX Runtime has no bfloat16 convolution
 OPSET = 20  # the first that has GELU as one operator
 INPUT, OUTPUT = "input", "logits"
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which module an operator comes from
 INT8_ACCURACY = 4  # MatMulNBits rounds activations to int8; without it 8-bit weights have no kernel: 15x slower
 LAYERS = ("Conv", "Gemm", "MatMul", "Add")  # operators that keep the name of their module
-VIEWS = ("Transpose", "Reshape")  # operators that move numbers and compute none
-FLOAT_LAYERS = frozenset({*LAYERS, "FusedConv", "FusedGemm", "FusedMatMul"})
-INTEGER_LAYERS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulNBits")
 CONV_DEFAULTS = {"dilations": {1}, "strides": {1}, "pads": {0}}  # of each axis; the schema does not state them
-
-
-def require(key: str) -> None:
-    """Nothing beyond onnx and onnxruntime, which are always there."""
 
 
 def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
@@ -76,35 +66,6 @@ class Session:
     def __call__(self, x: Tensor) -> Tensor:
         (logits,) = self._session.run([OUTPUT], {INPUT: x.numpy(force=True)})
         return torch.from_numpy(logits)
-
-
-def operators(path: Path) -> Counter[str]:
-    """How many operators of each type the runtime executes, after it has fused what it can."""
-    return Counter(node.op_type for node in _optimised(path, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL).node)
-
-
-def is_integer(operator: str) -> bool:
-    """Whether a layer of this type multiplies or adds integers."""
-    return operator.startswith(INTEGER_LAYERS)
-
-
-def unfused(path: Path) -> list[str]:
-    """Layers, by module and operator, that are quantized in the file and yet computed in float by the runtime.
-
-    A layer that reads a float tensor was not meant to be quantized and is not listed.
-    """
-    proto = onnx.load(path)
-    decoded: set[str] = set()
-    meant: dict[str, str] = {}  # a number as the name of a layer that reads decoded integers, and what to call it
-    for number, node in enumerate(proto.graph.node):
-        if node.op_type == "DequantizeLinear" or (node.op_type in VIEWS and node.input[0] in decoded):
-            decoded.update(node.output)
-        if node.op_type in LAYERS and decoded.issuperset(node.input[:2]):
-            meant[str(number)] = f"{node.name.partition('/')[0] or 'the network itself'} ({node.op_type})"
-        node.name = str(number)  # fusion keeps names where it keeps layers
-    graph = _optimised(proto.SerializeToString(), onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
-    in_float = [node.name for node in graph.node if node.op_type in FLOAT_LAYERS]
-    return list(dict.fromkeys(meant[name] for name in in_float if name in meant))
 
 
 def _export(model: nn.Module, input_shape: tuple[int, ...]) -> ModelProto:
@@ -292,10 +253,19 @@ def unshare(graph: GraphProto) -> None:
             uses[name] += 1
 
 
-def _optimised(model: Path | bytes, level: onnxruntime.GraphOptimizationLevel) -> GraphProto:
-    options = session.options()
-    options.graph_optimization_level = level
-    with TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath).graph
+class ONNX(Format):
+    """An ONNX file, run by ONNX Runtime."""
+
+    runtime: ClassVar[str] = "onnxruntime"
+    files: ClassVar[tuple[str, ...]] = ("model.onnx",)
+    precisions: ClassVar[Collection[str]] = ("fp32", "fp16")  # ONNX Runtime has no bfloat16 convolution
+    conversions: ClassVar[Collection[str]] = tuple(CONVERSIONS)
+    place: ClassVar[int] = 0
+
+    def write(
+        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+    ) -> None:
+        write(model, input_shape, path, conversion)
+
+    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+        return Session(path, threads)

@@ -3,8 +3,10 @@
 Only `read_model` is used: `convert_model` would report each conversion to the makers of OpenVINO.
 """
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,30 +14,38 @@ from torch import Tensor, nn
 from espalier.compression.base import Conversion
 from espalier.config.ranges import Count
 from espalier.export import onnx
-from espalier.export.formats import converting, draft, require_package, require_precision
-
-RUNTIME = "openvino"
-FILES = ("model.xml", "model.bin")
-PRECISIONS = ("fp32", "fp16")
-CONVERSIONS = ("weight_only",)  # ranges that each call finds would be a chain of operators in float
+from espalier.export.formats import Format, converting, draft, require_package, require_precision
 
 
-def require(key: str) -> None:
-    """Raise `ConfigError` unless openvino is installed."""
-    require_package(key, "openvino", "pip install 'espalier[openvino]'")
+class OpenVINO(Format):
+    """A graph and its weights, made from the ONNX file."""
 
+    runtime: ClassVar[str] = "openvino"
+    files: ClassVar[tuple[str, ...]] = ("model.xml", "model.bin")
+    precisions: ClassVar[Collection[str]] = ("fp32", "fp16")
+    # Ranges that each call finds would be a chain of operators in float.
+    conversions: ClassVar[Collection[str]] = ("weight_only",)
 
-def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
-    """Write graph (`.xml`) and weights (`.bin`, same name) for batches of any size."""
-    require_precision("openvino", model)
-    kept = conversion if conversion is not None and conversion.kind in CONVERSIONS else None
-    with converting("openvino"), TemporaryDirectory() as folder, draft(path) as target:
-        import openvino
+    def require(self, key: str) -> None:
+        """Raise `ConfigError` unless openvino is installed."""
+        require_package(key, "openvino", "pip install 'espalier[openvino]'")
 
-        source = Path(folder) / "model.onnx"
-        onnx.write(model, input_shape, source, kept)
-        network = openvino.Core().read_model(source)
-        openvino.save_model(network, target, compress_to_fp16=False)
+    def write(
+        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+    ) -> None:
+        """Write graph (`.xml`) and weights (`.bin`, same name) for batches of any size."""
+        require_precision("openvino", model)
+        kept = conversion if conversion is not None and conversion.kind in self.conversions else None
+        with converting("openvino"), TemporaryDirectory() as folder, draft(path) as target:
+            import openvino
+
+            source = Path(folder) / "model.onnx"
+            onnx.write(model, input_shape, source, kept)
+            network = openvino.Core().read_model(source)
+            openvino.save_model(network, target, compress_to_fp16=False)
+
+    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+        return Session(path, threads)
 
 
 class Session:

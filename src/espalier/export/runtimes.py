@@ -1,7 +1,7 @@
 """From samples to outputs, and what that costs: a network in torch, a file of a bundle, or a file written for it."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
@@ -12,21 +12,18 @@ from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable, Predict
 from espalier.profiling import cost
 
-Format = Literal["onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino"]  # what a runtime runs
-MACHINE_CODE = ("aotinductor",)  # does whatever its author wrote, as soon as it is loaded
 COUNTED = ("runtime", "params", "nonzero", "macs", "size_bytes")  # what a bundle says of each of its formats
 
 Row = dict[str, Any]  # of a report
 
 
 def choose(bundle: Bundle, wanted: str | None) -> str:
-    """Return the format that `task.runtime` asks for; None: the first of `formats.FORMATS` that is no machine code.
+    """The format that `task.runtime` asks for; None: the first that it holds and that is no machine code.
 
     Raises:
         ConfigError: the bundle has no such format, or this machine no such runtime.
     """
-    held = [name for name in formats.FORMATS if name in bundle.formats]
-    runnable = [name for name in held if formats.module(name).Session is not None]
+    runnable = [name for name in formats.runnable() if name in bundle.formats]
     if not runnable:
         raise ConfigError(f"source={bundle.path}: holds {', '.join(bundle.formats)}, which nothing runs; export onnx")
     if wanted is not None and wanted not in runnable:
@@ -34,14 +31,14 @@ def choose(bundle: Bundle, wanted: str | None) -> str:
             f"task.runtime={wanted}: the bundle in {bundle.path} does not hold it, but {', '.join(runnable)}; "
             "choose one of these or export again"
         )
-    harmless = [name for name in runnable if name not in MACHINE_CODE]
+    harmless = [name for name in runnable if not formats.named(name).is_machine_code]
     if wanted is None and not harmless:
         raise ConfigError(
             f"source={bundle.path}: holds {' and '.join(runnable)} alone, machine code that runs as it is; "
             f"if you trust its author, say task.runtime={runnable[0]}"
         )
     chosen = wanted or harmless[0]
-    formats.module(chosen).require("task.runtime")
+    formats.named(chosen).require("task.runtime")
     return chosen
 
 
@@ -67,14 +64,14 @@ def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
 def of_network(
     network: Deployable, name: str, shape: tuple[int, ...], folder: Path, threads: int
 ) -> tuple[Row, Predict]:
-    """Return the same of a format that is written into `folder`."""
-    module = formats.module(name)
-    path = folder / module.FILES[0]
+    """The same of a format that is written into `folder`."""
+    written = formats.named(name)
+    path = folder / written.files[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    module.write(network.module, shape, path, network.conversion)
+    written.write(network.module, shape, path, network.conversion)
     row = {
-        "runtime": module.RUNTIME,
+        "runtime": written.runtime,
         **cost.counts(network.trained, shape),
-        "size_bytes": sum(cost.size_bytes(folder / file) for file in module.FILES),
+        "size_bytes": sum(cost.size_bytes(folder / file) for file in written.files),
     }
     return row, deployed.session(name, path, threads, deployed.is_dynamic(network.conversion))

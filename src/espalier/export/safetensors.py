@@ -5,33 +5,33 @@ zero points under the names of its graph, which `torch_export` holds; other netw
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import ClassVar
 
 from safetensors.torch import save_file
 from torch import nn
 
 from espalier.compression.base import Conversion
-from espalier.export.formats import DTYPES, InPrecision, converting, draft
-
-RUNTIME = None
-FILES = ("model.safetensors",)
-PRECISIONS = tuple(DTYPES)
-CONVERSIONS = ()
-Session = None
+from espalier.export.formats import DTYPES, Format, InPrecision, converting, draft
 
 
-def require(key: str) -> None:
-    """Nothing beyond safetensors itself."""
+class Safetensors(Format):
+    """Weights alone."""
 
+    files: ClassVar[tuple[str, ...]] = ("model.safetensors",)
+    precisions: ClassVar[Collection[str]] = tuple(DTYPES)
 
-def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
-    """Write every parameter and buffer under its name; the metadata say the shape of a sample.
+    def write(
+        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+    ) -> None:
+        """Write every parameter and buffer under its name; the metadata say the shape of a sample.
 
-    Tensors that share memory are written once per name.
-    """
-    if isinstance(model, InPrecision):
-        model = model.model
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", "input_shape": json.dumps(list(input_shape))}
-    with converting("safetensors"), draft(path) as target:
-        save_file(tensors, target, metadata)
+        Tensors that share memory are written once per name.
+        """
+        if isinstance(model, InPrecision):
+            model = model.model
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+        metadata = {"format": "pt", "input_shape": json.dumps(list(input_shape))}
+        with converting("safetensors"), draft(path) as target:
+            save_file(tensors, target, metadata)

@@ -5,9 +5,10 @@ Weights lie in it as bytes and the program as JSON; its example input is pickled
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +17,27 @@ from torch.fx import GraphModule
 
 from espalier.compression.base import Conversion
 from espalier.config.ranges import Count
-from espalier.export.formats import DTYPES, converting, draft, on_cpu
+from espalier.export.formats import DTYPES, Format, converting, draft, on_cpu
 from espalier.trust.torch_program import require_harmless
 
-RUNTIME = "torch"
-FILES = ("model.pt2",)
-PRECISIONS = tuple(DTYPES)
-CONVERSIONS = ()
 
+class TorchExport(Format):
+    """The program that torch.export captures."""
 
-def require(key: str) -> None:
-    """Nothing beyond torch."""
+    runtime: ClassVar[str] = "torch"
+    files: ClassVar[tuple[str, ...]] = ("model.pt2",)
+    precisions: ClassVar[Collection[str]] = tuple(DTYPES)
+    place: ClassVar[int] = 1
 
+    def write(
+        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+    ) -> None:
+        """Write the program for batches of any size; quantized values stay integers in the file, sums are in float."""
+        with converting("torch_export"), draft(path) as target:
+            torch.export.save(program(model, input_shape), target)
 
-def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
-    """Write the program for batches of any size; quantized values stay integers in the file, sums are in float."""
-    with converting("torch_export"), draft(path) as target:
-        torch.export.save(program(model, input_shape), target)
+    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+        return Session(path, threads)
 
 
 class Session:

@@ -80,7 +80,7 @@ def require(run: Run, runtimes: Sequence[Runtime]) -> None:
         if name not in IN_TORCH and any(
             isinstance(source, Checkpoint) or name in source.formats for source in run.sources
         ):
-            formats.module(name).require(f"task.runtimes={name}")
+            formats.named(name).require(f"task.runtimes={name}")
 
 
 def sources(run: Run) -> Iterator[Network]:

@@ -1,12 +1,13 @@
 """`espalier evaluate source=RUN`: what a trained run, or a bundle of it, does on a split, and where it errs."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from espalier.composition import networks
 from espalier.compression.base import conversion, finalize, is_quantized
+from espalier.config.plugins import OneOf
 from espalier.config.ranges import Count, Positive
 from espalier.data.module import Split
 from espalier.errors import ConfigError
@@ -17,14 +18,14 @@ from espalier.evaluation.attacks import Loss
 from espalier.evaluation.robustness import Harm
 from espalier.export import conclusions, deployed, formats, runtimes
 from espalier.export.deployed import Predict
-from espalier.export.runtimes import Format, Row
+from espalier.export.runtimes import Row
 from espalier.reporting import terminal
 from espalier.run import Run
 from espalier.spec import Report
 from espalier.strategies.collective import is_first_rank
 
-Runtime = Literal["torch", Format]
 TORCH = "torch"
+Runtime = Annotated[str, OneOf(lambda: [TORCH, *formats.runnable()])]
 
 
 def evaluate(
@@ -84,7 +85,7 @@ def checked_runtime(run: Run, runtime: str | None, names: Sequence[Harm]) -> str
         return runtimes.choose(run.bundle, runtime)
     chosen = runtime or TORCH
     if chosen != TORCH:
-        formats.module(chosen).require("task.runtime")
+        formats.named(chosen).require("task.runtime")
     return chosen
 
 

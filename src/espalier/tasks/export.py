@@ -19,12 +19,10 @@ from espalier.run import Run
 from espalier.runs.run_folder import RunFolder
 from espalier.spec import Report
 
-Format = Literal["onnx", "torch_export", "aotinductor", "executorch", "litert", "openvino", "safetensors"]
-
 
 def export(
     run: Run,
-    format: Sequence[Format],
+    format: Sequence[formats.Name],
     precision: Literal["fp32", "bf16"],
     tolerance: Positive,
     agreement: Rate,
@@ -41,11 +39,11 @@ def export(
     if run.source is None:
         raise ConfigError("source=null: export needs the trained RUN to export; try source=latest")
     if not format:
-        raise ConfigError(f"task.format=[]: nothing to write; choose from {', '.join(formats.FORMATS)}")
+        raise ConfigError(f"task.format=[]: nothing to write; choose from {', '.join(formats.names())}")
     if len(set(format)) < len(format):
         raise ConfigError(f"task.format=[{','.join(format)}]: a format is listed twice; once is enough")
     for name in format:
-        formats.module(name).require("task.format")
+        formats.named(name).require("task.format")
     target = run.folder / "export"
     if target.exists():  # without a bundle, for which `ownership.py` has looked
         raise ConfigError(f"hydra.run.dir={run.folder}: has a folder called export already; choose another folder")
@@ -74,19 +72,19 @@ def export(
 
 
 def write(
-    run: Run, name: Format, network: Deployable, shipped: nn.Module, draft: Path, gate: parity.Gate, threads: int
+    run: Run, name: str, network: Deployable, shipped: nn.Module, draft: Path, gate: parity.Gate, threads: int
 ) -> tuple[dict[str, Any], list[str]]:
     """One format: its files in `draft`, its row of the report, and what has to be said about it."""
-    module = formats.module(name)
-    run.say(f"writing {' and '.join(module.FILES)}")
-    path = draft / module.FILES[0]
-    module.write(shipped, run.data.spec.shape, path, network.conversion)
+    chosen = formats.named(name)
+    run.say(f"writing {' and '.join(chosen.files)}")
+    path = draft / chosen.files[0]
+    chosen.write(shipped, run.data.spec.shape, path, network.conversion)
     row: dict[str, Any] = {
-        "runtime": module.RUNTIME or "none",
+        "runtime": chosen.runtime or "none",
         "metrics": {},
-        "size_bytes": sum(cost.size_bytes(draft / file) for file in module.FILES),
+        "size_bytes": sum(cost.size_bytes(draft / file) for file in chosen.files),
     }
-    if module.Session is None:
+    if chosen.runtime is None:
         return row, [f"{name} holds weights alone: nothing runs it, so nothing was compared"]
     notes = list(conclusions.kept_in_float(name, network.conversion))
     predict = deployed.session(name, path, threads, deployed.is_dynamic(network.conversion))
@@ -113,7 +111,7 @@ def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[
         "formats": {
             row["name"]: {
                 "runtime": row["runtime"],
-                "files": list(formats.module(row["name"]).FILES),
+                "files": list(formats.named(row["name"]).files),
                 "parity": row.get("parity"),
             }
             for row in rows

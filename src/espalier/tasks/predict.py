@@ -13,9 +13,8 @@ from espalier.errors import ConfigError
 from espalier.evaluation import prediction_files
 from espalier.evaluation.predictions import columns
 from espalier.evaluation.shards import MANIFEST, Shards, answered, progress, require_same
-from espalier.export import runtimes
+from espalier.export import formats, runtimes
 from espalier.export.bundle import FILE
-from espalier.export.runtimes import Format
 from espalier.run import Run
 from espalier.runs.files import sha256
 from espalier.runs.run_folder import NOT_THE_DATA
@@ -25,7 +24,7 @@ FOLDER = "predictions"  # in the run folder
 
 
 def predict(
-    run: Run, split: Split, runtime: Format | None, shard_size: Count, probabilities: bool, threads: Count
+    run: Run, split: Split, runtime: formats.Runnable | None, shard_size: Count, probabilities: bool, threads: Count
 ) -> Report:
     """Run the bundle on a whole split; write `predictions/part-00000.parquet` and so on, `shard_size` rows in each.
 
