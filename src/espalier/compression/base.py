@@ -195,7 +195,7 @@ def methods() -> list[str]:
 
 
 def stage_of(method: str) -> Stage:
-    """The place of a method in a recipe."""
+    """Return the place of a method in a recipe."""
     return method_named(method).stage
 
 

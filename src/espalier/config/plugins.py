@@ -44,7 +44,7 @@ def _is_abstract(value: Any) -> bool:
 
 
 def _contracts(cls: type[Plugin]) -> Iterator[type[Plugin]]:
-    """The classes above `cls` that state what it has to be, from the first on."""
+    """Return the classes above `cls` that state what it has to be, from the first on."""
     yield from (base for base in reversed(cls.__mro__[1:]) if issubclass(base, Plugin))
 
 

@@ -133,7 +133,7 @@ def fitting(
 
 
 def attribute(name: str, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-    """The map of one sample, float32 on the CPU."""
+    """Return the map of one sample, float32 on the CPU."""
     return method_named(name).explain(model, x, target, setting).detach().float().cpu()
 
 

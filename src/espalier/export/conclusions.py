@@ -25,7 +25,7 @@ def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_
 
 
 def kept_in_float(name: str, conversion: Conversion | None) -> Iterator[str]:
-    """A remark where a format does not carry out the quantization that the network was meant for."""
+    """Return a remark where a format does not carry out the quantization that the network was meant for."""
     if conversion is not None and conversion.kind not in formats.named(name).conversions:
         yield f"{name} keeps in float what ONNX Runtime computes in {conversion.bits} bits ({conversion.kind})"
 

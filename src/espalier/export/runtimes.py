@@ -18,7 +18,7 @@ Row = dict[str, Any]  # of a report
 
 
 def choose(bundle: Bundle, wanted: str | None) -> str:
-    """The format that `task.runtime` asks for; None: the first that it holds and that is no machine code.
+    """Return the format that `task.runtime` asks for; None: the first that it holds and that is no machine code.
 
     Raises:
         ConfigError: the bundle has no such format, or this machine no such runtime.
@@ -64,7 +64,7 @@ def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
 def of_network(
     network: Deployable, name: str, shape: tuple[int, ...], folder: Path, threads: int
 ) -> tuple[Row, Predict]:
-    """The same of a format that is written into `folder`."""
+    """Return the same of a format that is written into `folder`."""
     written = formats.named(name)
     path = folder / written.files[0]
     path.parent.mkdir(parents=True, exist_ok=True)
