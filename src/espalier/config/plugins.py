@@ -48,9 +48,14 @@ def _contracts(cls: type[Plugin]) -> Iterator[type[Plugin]]:
     yield from (base for base in reversed(cls.__mro__[1:]) if issubclass(base, Plugin))
 
 
+def _is_class_variable(annotation: Any) -> bool:
+    origin: Any = get_origin(annotation)
+    return origin is ClassVar
+
+
 def _missing(cls: type[Plugin]) -> Iterator[str]:
     for base in _contracts(cls):
-        named = [name for name, kind in inspect.get_annotations(base).items() if get_origin(kind) is ClassVar]
+        named = [name for name, kind in inspect.get_annotations(base).items() if _is_class_variable(kind)]
         yield from (name for name in named if not hasattr(cls, name))
         methods = [name for name, value in vars(base).items() if _is_abstract(value)]
         yield from (name for name in methods if _is_abstract(getattr(cls, name)))
