@@ -145,13 +145,13 @@ def network() -> None:
 def exported(folder: Path, name: str, *words: str) -> Path:
     """Return the untrained wide network after a method, as a file."""
     run = run_with(*(words or ((f"compression=[{name}]",) if name != "fp32" else ())))
-    model, ledger = run.model, []
+    model, history = run.model, []
     for method in run.compressions:
         model, entry = method.apply_to(model)
-        ledger.append(entry)
+        history.append(entry)
     with torch.no_grad():
         model.train()(samples_of(run))  # statistics of norms, ranges of quantizers
-    onnx.write(finalize(model, ledger), run.data.spec.shape, folder / f"{name}.onnx")
+    onnx.write(finalize(model, history), run.data.spec.shape, folder / f"{name}.onnx")
     return folder / f"{name}.onnx"
 
 

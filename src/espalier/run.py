@@ -82,7 +82,7 @@ class Run(Parts):
             checkpoint.load_weights(self.learner.model, checkpoint.load("source", weights))
         for method in late:
             self.learner.model, entry = method.apply_to(self.learner.model)
-            self.ledger.append(entry)
+            self.history.append(entry)
         weights = RunFolder(self.folder).compressed
         if is_first_rank():
             self.checkpoint_io.save_network(self.learner.model, weights)

@@ -72,7 +72,7 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
     if cfg.compression and _splits_weights(cfg.trainer.strategy):
         raise ConfigError("trainer.strategy: a recipe needs whole weights on each device; use strategy=ddp or ddp_cpu")
     if cfg.compression and not resumed:
-        check_recipe(_methods(cfg.compression), sources[0].ledger if sources else [])
+        check_recipe(_methods(cfg.compression), sources[0].history if sources else [])
     return Run(cfg, words, folder, task, tuple(sources), resumed)
 
 

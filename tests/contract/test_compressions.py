@@ -101,18 +101,18 @@ def test_what_was_applied_is_rebuilt_to_the_last_bit_and_exported(
     network.train()
     network(x)  # observers and batch norms have seen something
     network.eval()
-    stored = through_a_file({"weights": network.state_dict(), "ledger": [entry]})
-    fresh = replay(copy.deepcopy(original), stored["ledger"])
+    stored = through_a_file({"weights": network.state_dict(), "history": [entry]})
+    fresh = replay(copy.deepcopy(original), stored["history"])
     fresh.load_state_dict(stored["weights"])
     fresh.eval()
     assert torch.equal(logits(fresh, x), logits(network, x))
-    deployed = finalize(copy.deepcopy(fresh), stored["ledger"])
+    deployed = finalize(copy.deepcopy(fresh), stored["history"])
     again = finalize(copy.deepcopy(network), [entry])
     expected = logits(deployed, x)
     assert torch.equal(expected, logits(again, x))
     if not is_exported:
         return
-    onnx.write(deployed, run.data.spec.shape, tmp_path / "model.onnx", conversion(stored["ledger"]))
+    onnx.write(deployed, run.data.spec.shape, tmp_path / "model.onnx", conversion(stored["history"]))
     exported = onnx.Session(tmp_path / "model.onnx", threads=1)(x)
     assert (exported - expected).abs().max() <= tolerance(method) * expected.abs().max()
 
@@ -128,7 +128,7 @@ from espalier.validate import prepare
 for file in map(Path, sys.argv[1:]):
     stored = torch.load(file, weights_only=True)
     words = [*stored["words"], "callbacks=[]", "logger=[]"]
-    model = replay(prepare(compose(words), words, file.parent, "train").model, stored["ledger"])
+    model = replay(prepare(compose(words), words, file.parent, "train").model, stored["history"])
     model.load_state_dict(stored["weights"])
     with torch.no_grad():
         torch.save(model.eval()(stored["x"]), file.with_suffix(".logits"))
@@ -159,7 +159,7 @@ def test_every_method_is_rebuilt_in_a_new_process_to_the_last_bit(tmp_path: Path
         expected[method] = logits(network.eval(), x)
         stored = {
             "words": [f"model={model}", *SMALL.get(model, ())],
-            "ledger": [entry],
+            "history": [entry],
             "weights": network.state_dict(),
             "x": x,
         }

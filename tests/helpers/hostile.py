@@ -176,7 +176,7 @@ edited(
     "data that cannot be", lambda content, marker: content["espalier"]["spec"].update({"shape": "../../x", "scale": []})
 )
 edited(
-    "ledger with a method of another package",
+    "history with a method of another package",
     lambda content, marker: content["espalier"].update({"compression": [{"method": "../os.system", "x": str(marker)}]}),
 )
 edited(

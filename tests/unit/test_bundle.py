@@ -44,7 +44,7 @@ def change(folder: Path, **values: object) -> None:
 def test_a_bundle_says_what_was_written_and_lists_every_file_with_its_hash(folder: Path):
     read = bundle.read("source", folder)
     assert (read.name, read.spec, read.formats, read.sample_by_sample) == ("fp32", SPEC, ["onnx"], False)
-    assert read.ledger == [{"method": "qat"}]
+    assert read.history == [{"method": "qat"}]
     assert read.config["model"] == {"width": 4}
     assert read.file("onnx").read_bytes() == b"a network"
     digest = hashlib.sha256(b"a network").hexdigest()

@@ -55,8 +55,8 @@ def test_masks_count_as_zeros_and_are_gone_from_the_file(tmp_path: Path):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.fill_(1)
-    ledger = [{"method": "prune_nm", "names": ["layers.linear1.weight"], "dense": []}]
-    artifact = deployed.export("pruned", model, ledger, (4,), tmp_path / "model.onnx")
+    history = [{"method": "prune_nm", "names": ["layers.linear1.weight"], "dense": []}]
+    artifact = deployed.export("pruned", model, history, (4,), tmp_path / "model.onnx")
     test = [Batch(torch.randn(2, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2))]
     [measured] = deployed.measure([artifact], learner(model), test, batches=[1], threads=1)
     assert measured["params"] - measured["nonzero"] == 16
@@ -67,8 +67,8 @@ def test_masks_count_as_zeros_and_are_gone_from_the_file(tmp_path: Path):
 def test_a_dynamic_network_is_scored_sample_by_sample_so_that_no_sample_changes_another(tmp_path: Path):
     torch.manual_seed(0)
     model = MLP((4,), 3, [64], "relu", "none", 0.0)
-    ledger = [{"method": "qat", "mode": "dynamic", "target": "onnxruntime", "skip": [], "input_shape": [4]}]
-    artifact = deployed.export("qat", replay(model, ledger), ledger, (4,), tmp_path / "model.onnx")
+    history = [{"method": "qat", "mode": "dynamic", "target": "onnxruntime", "skip": [], "input_shape": [4]}]
+    artifact = deployed.export("qat", replay(model, history), history, (4,), tmp_path / "model.onnx")
     session = onnx.Session(artifact.path, threads=1)
     x = torch.randn(1, 4)
     beside_a_giant = torch.cat([x, torch.full((1, 4), 1000.0)])

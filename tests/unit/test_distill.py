@@ -59,7 +59,7 @@ def vit(width: int) -> ViT:
 def distill(teacher: nn.Module, spec: DataSpec = SPEC, seed: int = 0, **changes: Any) -> Distill:
     frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
     method = Distill(**(KNOBS | changes), spec=spec, seed=seed, network=lambda key, run: frozen)
-    method.ledger = []
+    method.history = []
     return method
 
 
@@ -283,7 +283,7 @@ def test_a_checkpoint_holds_no_teacher_and_is_replayed_to_the_last_bit():
     learner, method = classifier(resnet(4)), distill(resnet(8, seed=1), **BOTH)
     fit(learner, method)
     file = io.BytesIO()
-    torch.save({"state_dict": learner.state_dict(), "compression": method.ledger}, file)
+    torch.save({"state_dict": learner.state_dict(), "compression": method.history}, file)
     file.seek(0)
     stored = torch.load(file, weights_only=True)
     weights = {name.removeprefix("model."): value for name, value in stored["state_dict"].items()}
@@ -329,7 +329,7 @@ def test_tokens_are_compared_through_a_linear_adapter():
     learner = classifier(vit(8))
     method = distill(vit(12), features=["layers.0"], attention=["layers.1"])
     fit(learner, method, steps=2)
-    assert method.ledger == [{"method": "distill", "adapters": {"layers.0": [8, 12, "linear"]}}]
+    assert method.history == [{"method": "distill", "adapters": {"layers.0": [8, 12, "linear"]}}]
     assert feature_loss(learner.model.adapters["layers__0"](torch.zeros(1, 17, 8)), torch.zeros(1, 17, 12)).isfinite()
 
 

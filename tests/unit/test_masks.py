@@ -28,16 +28,16 @@ ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
 KNOBS = {"sparsity": 0.9, "scope": "global", "start": 0.0, "end": 0.5, "every_n_steps": 1, "skip": [], "rewind": False}
 
 
-def magnitude(ledger: Sequence[base.Entry] = (), **knobs: Any) -> PruneMagnitude:
-    return with_ledger(PruneMagnitude(**{**KNOBS, **knobs}), ledger)
+def magnitude(history: Sequence[base.Entry] = (), **knobs: Any) -> PruneMagnitude:
+    return with_ledger(PruneMagnitude(**{**KNOBS, **knobs}), history)
 
 
-def n_of_m(ledger: Sequence[base.Entry] = (), n: int = 2, m: int = 4, start: float = 0.5) -> PruneNM:
-    return with_ledger(PruneNM(n, m, start, skip=[]), ledger)
+def n_of_m(history: Sequence[base.Entry] = (), n: int = 2, m: int = 4, start: float = 0.5) -> PruneNM:
+    return with_ledger(PruneNM(n, m, start, skip=[]), history)
 
 
-def with_ledger(method: Any, ledger: Sequence[base.Entry]) -> Any:
-    method.ledger, method.is_applied = list(ledger), bool(ledger)
+def with_ledger(method: Any, history: Sequence[base.Entry]) -> Any:
+    method.history, method.is_applied = list(history), bool(history)
     return method
 
 
@@ -270,9 +270,9 @@ def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(tmp_path, method, batch
     average = [] if getattr(whole, "rewind", False) else [EMA(0.9, 1)]
     fit(tmp_path, unbroken, whole, *average, SaveAt(batch * accumulate, tmp_path / "middle.ckpt"), **settings)
 
-    resumed = learner(base.replay(resnet(), whole.ledger))
+    resumed = learner(base.replay(resnet(), whole.history))
     average = [EMA(0.9, 1)] if average else []
-    fit(tmp_path, resumed, method(whole.ledger), *average, ckpt_path=tmp_path / "middle.ckpt", **settings)
+    fit(tmp_path, resumed, method(whole.history), *average, ckpt_path=tmp_path / "middle.ckpt", **settings)
     assert unbroken.state_dict().keys() == resumed.state_dict().keys()
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in unbroken.state_dict().items())
     assert num_zeros(resumed.state_dict()) > 1000
@@ -306,9 +306,9 @@ def test_a_sparse_network_keeps_its_zeros_and_the_schedule_starts_from_them(tmp_
 
     zeros = Watch(lambda trainer, net: num_zeros(net.model.state_dict()))
     second = magnitude(end=1.0)
-    second.ledger = list(first.ledger)
+    second.history = list(first.history)
     fit(tmp_path, learner(sparse.model), second, zeros)
-    assert [entry["method"] for entry in second.ledger] == ["prune_nm", "prune_magnitude"]
+    assert [entry["method"] for entry in second.history] == ["prune_nm", "prune_magnitude"]
     total = num_weights(sparse.model)
     start = (total - 72) / 2 / total
     assert zeros.seen == [round(sparsity_at(step, 0, STEPS - 1, start, 0.9) * total) for step in range(STEPS)]
@@ -372,14 +372,14 @@ def test_a_checkpoint_replays_to_the_last_bit_and_folds_to_a_plain_network(tmp_p
     weights = {
         name.removeprefix("model."): value for name, value in saved(tmp_path / "last.ckpt")["state_dict"].items()
     }
-    ledger = pruning.ledger
-    torch.save(ledger, tmp_path / "ledger.pt")
-    replayed = base.replay(resnet(), saved(tmp_path / "ledger.pt"))
+    history = pruning.history
+    torch.save(history, tmp_path / "history.pt")
+    replayed = base.replay(resnet(), saved(tmp_path / "history.pt"))
     replayed.load_state_dict(weights)
     x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = net.model.eval()(x)
     assert torch.equal(replayed.eval()(x), expected)
-    folded = base.finalize(replayed, ledger)
+    folded = base.finalize(replayed, history)
     assert folded.state_dict().keys() == resnet().state_dict().keys()
     assert torch.equal(folded(x), expected)
     assert num_zeros(folded.state_dict()) == num_zeros(weights)

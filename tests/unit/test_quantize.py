@@ -474,8 +474,8 @@ class Fitted(L.LightningModule):
 def fit(folder: Path, num_epochs: int, resumed: Path | None = None) -> tuple[Fitted, L.Trainer]:
     """Four steps an epoch, then a validation."""
     learner, method = Fitted(), make_qat((1, 8, 8))
-    method.ledger = []
-    if resumed:  # as `run` does: what the checkpoint's ledger says, before Lightning loads the weights
+    method.history = []
+    if resumed:  # as `run` does: what the checkpoint's history says, before Lightning loads the weights
         learner.model = QAT.replay(learner.model, qat.make_entry("static", "onnxruntime", [], spec((1, 8, 8))))
         method.is_applied = True
     x, y, _ = samples((1, 8, 8))

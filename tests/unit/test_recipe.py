@@ -1,4 +1,4 @@
-"""The order of methods, the ledger and its replay, without any training."""
+"""The order of methods, the history and its replay, without any training."""
 
 import pytest
 from torch import nn
@@ -78,6 +78,6 @@ def test_a_new_run_starts_without_the_adapters_of_a_teacher():
     entry = {"method": "distill", "adapters": {"layers": [8, 16, "linear"]}}
     student = replay(fresh, [entry])
     assert len(student.state_dict()) > len(names)
-    alone, ledger = without_teacher(student, [{"method": "low_rank", "ranks": {}}, entry])
+    alone, history = without_teacher(student, [{"method": "low_rank", "ranks": {}}, entry])
     assert list(alone.state_dict()) == names
-    assert [kept["method"] for kept in ledger] == ["low_rank"]
+    assert [kept["method"] for kept in history] == ["low_rank"]

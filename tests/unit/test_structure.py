@@ -75,10 +75,10 @@ def pruner(latency_ms: Callable[[nn.Module], float] = lambda model: 1.0, **knobs
     )
 
 
-def stored(model: nn.Module, ledger: list[base.Entry]) -> dict[str, Any]:
+def stored(model: nn.Module, history: list[base.Entry]) -> dict[str, Any]:
     """Through a file, as a checkpoint goes."""
     file = io.BytesIO()
-    torch.save({"ledger": ledger, "state_dict": model.state_dict()}, file)
+    torch.save({"history": history, "state_dict": model.state_dict()}, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
 
@@ -119,18 +119,18 @@ def test_a_fresh_network_takes_the_sizes_and_weights_without_torch_pruning(
     name: str, recipe: str, monkeypatch: pytest.MonkeyPatch
 ):
     model = network(name)
-    ledger = []
+    history = []
     for step in recipe.split(","):
         drop_branches = 0.5 if name in ("resnet", "bottleneck", "vit") else 0.0
         method = pruner(drop_branches=drop_branches) if step == "prune" else LowRank("rank", 0.3, 1, [])
         method.require(model)
         model, entry = method.apply_to(model)
-        ledger.append(entry)
-    checkpoint = stored(model, ledger)
+        history.append(entry)
+    checkpoint = stored(model, history)
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    fresh = base.replay(NETWORKS[name](), checkpoint["ledger"])
+    fresh = base.replay(NETWORKS[name](), checkpoint["history"])
     fresh.load_state_dict(checkpoint["state_dict"], strict=True)
-    deployed = base.finalize(fresh, checkpoint["ledger"])
+    deployed = base.finalize(fresh, checkpoint["history"])
     x = samples(7).x
     assert torch.equal(deployed(x), model(x))
     assert repr(deployed) == repr(model)

@@ -88,13 +88,13 @@ def relative(logits: Tensor, reference: Tensor) -> float:
 @torch.no_grad()
 def test_replay_and_a_strict_load_give_the_same_logits_and_the_entry_is_plain(tmp_path: Path):
     model, entry = WeightOnly(4, 16, ["head"]).apply_to(vit())
-    torch.save({"ledger": [entry], "state_dict": model.state_dict()}, tmp_path / "run.ckpt")
+    torch.save({"history": [entry], "state_dict": model.state_dict()}, tmp_path / "run.ckpt")
     stored = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    loaded = replay(ViT(SHAPE, 10, 2, 32, 2, 4, 2, "mean", "gelu", "layer", 0.0).eval(), stored["ledger"])
+    loaded = replay(ViT(SHAPE, 10, 2, 32, 2, 4, 2, "mean", "gelu", "layer", 0.0).eval(), stored["history"])
     loaded.load_state_dict(stored["state_dict"])
     x = torch.randn(3, *SHAPE)
     assert torch.equal(loaded(x), model(x))
-    assert conversion(stored["ledger"]) == Conversion("weight_only", 4, 16, ("head",))
+    assert conversion(stored["history"]) == Conversion("weight_only", 4, 16, ("head",))
 
 
 def test_a_skipped_module_keeps_its_weights():

@@ -94,7 +94,7 @@ def _of_checkpoint(path: Path) -> Loaded:
 
     stored = checkpoint.load_run("source", str(path), run_folder.EVALUATED)
     spec = stored.spec
-    module, _ = without_teacher(networks.trained(stored), stored.ledger)
+    module, _ = without_teacher(networks.trained(stored), stored.history)
     module.eval()
 
     def network(raw: NDArray[np.float32]) -> NDArray[np.float32]:

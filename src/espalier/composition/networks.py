@@ -17,22 +17,22 @@ from espalier.spec import Entry
 
 def trained(stored: Checkpoint) -> nn.Module:
     """Return the network of a checkpoint as it was trained: masks, adapters and quantizers in place."""
-    model = replay(build.stored_model(stored), stored.ledger)
+    model = replay(build.stored_model(stored), stored.history)
     checkpoint.load_weights(model, stored)
     return model
 
 
 def deployable(stored: Checkpoint) -> Deployable:
     """Return the network of a checkpoint as it is shipped, beside what it was trained as."""
-    return deployed.deployable(trained(stored), stored.ledger)
+    return deployed.deployable(trained(stored), stored.history)
 
 
 def in_float(stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
-    """Return the same weights without the quantizers, and the ledger of that."""
-    ledger = [entry for entry in stored.ledger if stage_of(entry["method"]) < Stage.QUANTIZE]
-    model = replay(build.stored_model(stored), ledger)
+    """Return the same weights without the quantizers, and the history of that."""
+    history = [entry for entry in stored.history if stage_of(entry["method"]) < Stage.QUANTIZE]
+    model = replay(build.stored_model(stored), history)
     checkpoint.load_fitting_weights(model, stored)
-    return model, ledger
+    return model, history
 
 
 def of_teacher(key: str, reference: str, source: str | None, data: DataModule) -> Checkpoint:

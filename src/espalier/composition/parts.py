@@ -75,7 +75,7 @@ class Parts:
         return self._start[0]
 
     @cached_property
-    def ledger(self) -> list[Entry]:
+    def history(self) -> list[Entry]:
         """What was done to the network, in order; grows as the recipe is applied."""
         return self._start[1]
 
@@ -84,17 +84,17 @@ class Parts:
         torch.manual_seed(seeding.key(self.cfg.seed))
         model = build.model(self.cfg.model, self.data.spec)
         if self.resumed:  # its weights are loaded by Lightning
-            return replay(model, self.resumed.ledger), self.resumed.ledger
+            return replay(model, self.resumed.history), self.resumed.history
         if self.source is None:
             return model, []
         if self.source.config["model"] != self.cfg.model:  # train: another network, which shares weights at most
             return self._warm_start(model, self.source), []
-        model = replay(model, self.source.ledger)
+        model = replay(model, self.source.history)
         if self.task == "train":
             self._warm_start(model, self.source)
         else:
             checkpoint.load_weights(model, self.source)
-        return without_teacher(model, self.source.ledger)
+        return without_teacher(model, self.source.history)
 
     def _warm_start(self, model: nn.Module, source: Checkpoint) -> nn.Module:
         new = checkpoint.load_fitting_weights(model, source)
@@ -115,7 +115,7 @@ class Parts:
         recipe: list[Compression] = []
         for name, node in self.cfg.compression.items():
             method: Compression = build.part(f"compression.{name}", node, **supplied)
-            method.ledger = self.ledger
+            method.history = self.history
             method.is_applied = bool(self.resumed) and method.trains
             if not method.is_applied:
                 method.require(self.model)
@@ -159,7 +159,7 @@ class Parts:
             build.part(f"callbacks.{name}", node, **{**supplied, **self._chosen_metric(f"callbacks.{name}", node)})
             for name, node in self.cfg.callbacks.items()
         ]
-        was_masked = any(stage_of(entry["method"]) == Stage.MASK for entry in self.ledger)
+        was_masked = any(stage_of(entry["method"]) == Stage.MASK for entry in self.history)
         keeps_masks = any(isinstance(method, KeepMasks) for method in self.compressions)
         return [*([KeepMasks()] if was_masked and not keeps_masks else []), *self.compressions, *watching]
 
@@ -197,7 +197,7 @@ class Parts:
     @cached_property
     def checkpoint_io(self) -> CheckpointIO:
         began = {**self.plain_config(), "resume": None}  # or a resumed run would end with another file
-        return CheckpointIO(began, self.data.spec, self.ledger)
+        return CheckpointIO(began, self.data.spec, self.history)
 
     def plain_config(self) -> dict[str, Any]:
         """Return what is written down of the configuration: plain types, no secrets."""

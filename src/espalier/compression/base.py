@@ -1,7 +1,7 @@
-"""What every compression method promises, the order in which methods compose, and the ledger of what was done.
+"""What every compression method promises, the order in which methods compose, and the history of what was done.
 
 A method is one file of this package, which holds one subclass of `Compression`. `replay` and `finalize` are static, so
-that a checkpoint is read without its data, its teacher or the library that chose the channels. An entry of the ledger
+that a checkpoint is read without its data, its teacher or the library that chose the channels. An entry of the history
 is `{"method": file name, ...}` with plain values, so a checkpoint can hold it. `docs/compression_methods.md` shows how
 to add one.
 """
@@ -49,13 +49,13 @@ class Compression(L.Callback, plugins.Plugin):
 
     `setup` changes the structure, before the optimizer is built and before DDP wraps the network: on the first rank,
     and by `replay` on the others, which get their weights from the first one when DDP wraps. A resumed run replays its
-    ledger instead, so nothing is chosen twice.
+    history instead, so nothing is chosen twice.
     """
 
     guide: ClassVar[str] = "docs/compression_methods.md"
     stage: ClassVar[Stage]  # the place of the method in a recipe
     trains: ClassVar[bool] = True  # False: applied to the trained network, after the fit
-    ledger: list[Entry]  # of the run, which sets it
+    history: list[Entry]  # of the run, which sets it
     is_applied = False  # a resumed run has replayed it already
 
     @property
@@ -104,11 +104,11 @@ class Compression(L.Callback, plugins.Plugin):
         if problem:  # on every rank, so that none waits for the first
             raise ConfigError(problem)
         pl_module.model = model if is_first else replay(model, [entry])
-        self.ledger.append(entry)
+        self.history.append(entry)
         self.is_applied = True
 
     def apply_to(self, model: nn.Module) -> tuple[nn.Module, Entry]:
-        """`apply`, with the ledger entry complete."""
+        """`apply`, with the history entry complete."""
         model, entry = self.apply(model)
         return model, {"method": self.method, **entry}
 
@@ -126,13 +126,13 @@ def is_inside(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
-def replay(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
-    """Return a fresh model with the structure that the ledger describes; its weights are to be loaded next.
+def replay(model: nn.Module, history: Iterable[Mapping[str, Any]]) -> nn.Module:
+    """Return a fresh model with the structure that the history describes; its weights are to be loaded next.
 
     Raises:
-        ConfigError: the ledger names a method that this version does not have, or belongs to another architecture.
+        ConfigError: the history names a method that this version does not have, or belongs to another architecture.
     """
-    for entry in ledger:
+    for entry in history:
         try:
             model = method_named(str(entry["method"])).replay(model, entry)
         except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -143,18 +143,18 @@ def replay(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
     return model
 
 
-def finalize(model: nn.Module, ledger: Iterable[Mapping[str, Any]]) -> nn.Module:
+def finalize(model: nn.Module, history: Iterable[Mapping[str, Any]]) -> nn.Module:
     """Return the deployable network, in evaluation mode."""
     model.eval()
-    for entry in ledger:
+    for entry in history:
         model = method_named(str(entry["method"])).finalize(model, entry)
     return model.eval()
 
 
-def without_teacher(model: nn.Module, ledger: Iterable[Entry]) -> tuple[nn.Module, list[Entry]]:
+def without_teacher(model: nn.Module, history: Iterable[Entry]) -> tuple[nn.Module, list[Entry]]:
     """Return what the next run starts from: a distillation has left its mark on the weights and nothing else."""
     kept: list[Entry] = []
-    for entry in ledger:
+    for entry in history:
         if stage_of(entry["method"]) == Stage.DISTILL:
             model = method_named(entry["method"]).finalize(model, entry)
         else:
@@ -162,7 +162,7 @@ def without_teacher(model: nn.Module, ledger: Iterable[Entry]) -> tuple[nn.Modul
     return model, kept
 
 
-def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> None:
+def check_recipe(recipe: Sequence[str], history: Iterable[Mapping[str, Any]]) -> None:
     """Raise `ConfigError` unless the methods are in an order that works, after what the source has been through."""
     words = f"compression=[{','.join(recipe)}]"
     stages = {method: stage_of(method) for method in recipe}
@@ -176,7 +176,7 @@ def check_recipe(recipe: Sequence[str], ledger: Iterable[Mapping[str, Any]]) -> 
         rivals = [method for method in recipe if stages[method] == stage]
         if len(rivals) > 1:
             raise ConfigError(f"{words}: {' and '.join(rivals)} exclude each other; choose one")
-    done = {str(entry["method"]): stage_of(str(entry["method"])) for entry in ledger}
+    done = {str(entry["method"]): stage_of(str(entry["method"])) for entry in history}
     limit, latest = max(
         ((stage, method) for method, stage in done.items() if stage != Stage.DISTILL), default=(Stage.STRUCTURE, "")
     )
@@ -199,21 +199,21 @@ def stage_of(method: str) -> Stage:
     return method_named(method).stage
 
 
-def is_quantized(ledger: Iterable[Mapping[str, Any]]) -> bool:
+def is_quantized(history: Iterable[Mapping[str, Any]]) -> bool:
     """Whether a step of the way was a quantization."""
-    return any(stage_of(str(entry["method"])) == Stage.QUANTIZE for entry in ledger)
+    return any(stage_of(str(entry["method"])) == Stage.QUANTIZE for entry in history)
 
 
-def conversion(ledger: Iterable[Mapping[str, Any]]) -> Conversion | None:
+def conversion(history: Iterable[Mapping[str, Any]]) -> Conversion | None:
     """Return what the exporter has left to do for this network; None where `finalize` did everything."""
-    for entry in ledger:
+    for entry in history:
         if (found := method_named(str(entry["method"])).conversion(entry)) is not None:
             return found
     return None
 
 
 def method_named(name: str) -> type[Compression]:
-    """Return the class of a method; a ledger comes out of a checkpoint, so only files of this package are imported.
+    """Return the class of a method; a history comes out of a checkpoint, so only files of this package are imported.
 
     Raises:
         ConfigError: there is no such method, or its class is incomplete.

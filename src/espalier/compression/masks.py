@@ -158,6 +158,6 @@ def forget_best(trainer: L.Trainer) -> None:
         keeper.best_model_score = None
 
 
-def latest(ledger: Sequence[Mapping[str, Any]], method: str) -> Mapping[str, Any]:
+def latest(history: Sequence[Mapping[str, Any]], method: str) -> Mapping[str, Any]:
     """Return the last entry of this method."""
-    return next(entry for entry in reversed(ledger) if entry["method"] == method)
+    return next(entry for entry in reversed(history) if entry["method"] == method)

@@ -104,7 +104,7 @@ class PruneMagnitude(masks.KeepMasks, Compression):
         masks.require_whole_run(trainer, self.method)
         if self.rewind and any(isinstance(callback, EMA) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigError("compression.prune_magnitude.rewind=true: an average cannot go back; drop callbacks.ema")
-        entry = masks.latest(self.ledger, self.method)
+        entry = masks.latest(self.history, self.method)
         self.pairs = {name: self.masked[name] for name in entry["names"]}
         self.initial = entry["initial"]
         self.first, self.last = masks.step_at(self.start, trainer), masks.step_at(self.end, trainer)

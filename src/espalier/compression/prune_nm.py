@@ -66,7 +66,7 @@ class PruneNM(masks.KeepMasks, Compression):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         masks.require_whole_run(trainer, self.method)
-        self.pairs = [self.masked[name] for name in masks.latest(self.ledger, self.method)["names"]]
+        self.pairs = [self.masked[name] for name in masks.latest(self.history, self.method)["names"]]
         self.due = masks.step_at(self.start, trainer)
 
     def on_train_batch_start(

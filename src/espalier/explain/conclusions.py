@@ -27,9 +27,9 @@ def untrustworthy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def caveats(spec: DataSpec, ledger: Iterable[Entry]) -> Iterator[str]:
+def caveats(spec: DataSpec, history: Iterable[Entry]) -> Iterator[str]:
     """Yield what was not explained as it is."""
-    if is_quantized(ledger):
+    if is_quantized(history):
         yield (
             "integers have no gradients: the network was explained as trained, with simulated integers, "
             "whose steps integrated_gradients cannot sum exactly"

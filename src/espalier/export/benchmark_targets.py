@@ -40,7 +40,7 @@ class Network:
     """What one source has to offer: a network in torch, or the files of a bundle."""
 
     name: str
-    ledger: Sequence[Entry]
+    history: Sequence[Entry]
     shape: tuple[int, ...]  # of a sample
     bundle: Bundle | None  # files alone
     deployable: Deployable | None
@@ -76,7 +76,7 @@ def plan(
             notes.append(f"not run: {what}: the bundle holds {', '.join(network.bundle.formats)}")
         elif network.bundle and form != "fp32":
             notes.append(f"not run: {what}: a bundle has the precision that it was exported in")
-        elif form != "fp32" and is_quantized(network.ledger):
+        elif form != "fp32" and is_quantized(network.history):
             notes.append(f"not run: {what}: its numbers are integers")
         elif runtime not in IN_TORCH and form not in formats.named(runtime).precisions:
             notes.append(f"not run: {what}: the runtime lacks layers in it on a CPU")

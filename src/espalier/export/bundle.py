@@ -48,7 +48,7 @@ class Bundle:
         return conf_dir.completed(self.content["config"])
 
     @property
-    def ledger(self) -> list[dict[str, Any]]:
+    def history(self) -> list[dict[str, Any]]:
         """How the network was compressed; see `compression/base.py`."""
         return [dict(entry) for entry in self.content["compression"]]
 

@@ -27,7 +27,7 @@ class Deployable:
     """A trained network, and what it is shipped as."""
 
     trained: nn.Module  # masks and quantizers in place: what parameters, zeros and MACs are counted in
-    ledger: list[Entry]  # without a teacher
+    history: list[Entry]  # without a teacher
     module: nn.Module  # masks folded, quantizers converted: what is exported
     conversion: Conversion | None  # what is left for the exporter
 
@@ -48,22 +48,22 @@ class Artifact:
         return cost.size_bytes(self.path)
 
 
-def name_of(ledger: Iterable[Entry]) -> str:
+def name_of(history: Iterable[Entry]) -> str:
     """Return what a network has been through, for tables: `prune_channels+qat`, or `fp32` where that is nothing."""
-    return "+".join(str(entry["method"]) for entry in ledger) or "fp32"
+    return "+".join(str(entry["method"]) for entry in history) or "fp32"
 
 
-def deployable(trained: nn.Module, ledger: Sequence[Entry]) -> Deployable:
+def deployable(trained: nn.Module, history: Sequence[Entry]) -> Deployable:
     """Return the deployable form of a network, in evaluation mode; `trained` loses its teacher and stays as it is."""
-    trained, kept = without_teacher(trained, ledger)
+    trained, kept = without_teacher(trained, history)
     return Deployable(trained.eval(), kept, finalize(copy.deepcopy(trained), kept).eval(), conversion(kept))
 
 
 def export(
-    name: str, trained: nn.Module, ledger: Sequence[Entry], input_shape: tuple[int, ...], path: Path
+    name: str, trained: nn.Module, history: Sequence[Entry], input_shape: tuple[int, ...], path: Path
 ) -> Artifact:
     """Write the deployable form of a trained network to `path`."""
-    network = deployable(trained, ledger)
+    network = deployable(trained, history)
     onnx.write(network.module, input_shape, path, network.conversion)
     return Artifact(name, network.trained, network.module, network.conversion, path)
 

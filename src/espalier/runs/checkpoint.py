@@ -1,7 +1,7 @@
 """What a checkpoint holds, and how it is read back without running any of it; `storage.py` brings it to the disk.
 
 A checkpoint is Lightning's dictionary plus `espalier: {version, config, spec, compression}`, so nobody retypes
-overrides, and a network with fewer channels, masks or quantizers is rebuilt from the ledger of what was done to it.
+overrides, and a network with fewer channels, masks or quantizers is rebuilt from the history of what was done to it.
 Only tensors and plain types, so `torch.load(path, weights_only=True)` reads it anywhere.
 """
 
@@ -88,7 +88,7 @@ class Checkpoint:
         return DataSpec.from_dict(self.content["espalier"]["spec"])
 
     @property
-    def ledger(self) -> list[Entry]:
+    def history(self) -> list[Entry]:
         """What was done to the network, in order; see `compression/base.py`."""
         return [dict(entry) for entry in self.content["espalier"].get("compression", [])]
 
@@ -163,9 +163,9 @@ def _read(key: str, path: Path) -> Any:
 class CheckpointIO(TorchCheckpointIO):
     """Writes self-describing checkpoints, whole or not at all; the last but one stays beside the last."""
 
-    def __init__(self, config: Mapping[str, Any], spec: DataSpec, ledger: list[Entry]) -> None:
+    def __init__(self, config: Mapping[str, Any], spec: DataSpec, history: list[Entry]) -> None:
         self.description = {"version": VERSION, "config": dict(config), "spec": spec.to_dict()}
-        self.ledger = ledger  # grows as the recipe is applied
+        self.history = history  # grows as the recipe is applied
         self.is_asynchronous = False  # write in the background, from a copy
         self.mirror: storage.Mirror | None = None
         self._folders: dict[Path, storage.Folder] = {}
@@ -174,7 +174,7 @@ class CheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raise `EspalierError` if this one, or the one written in the background before it, finds no room."""
-        content = {**checkpoint, "espalier": {**self.description, "compression": list(self.ledger)}}
+        content = {**checkpoint, "espalier": {**self.description, "compression": list(self.history)}}
         self.teardown()
         if self.is_asynchronous:
             content = storage.snapshot(content)

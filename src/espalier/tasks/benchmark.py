@@ -85,7 +85,7 @@ def require(run: Run, runtimes: Sequence[Runtime]) -> None:
 
 def sources(run: Run) -> Iterator[Network]:
     """Each source under a name of its own: what it went through, and its run where several went through the same."""
-    names = [source.name if isinstance(source, Bundle) else deployed.name_of(source.ledger) for source in run.sources]
+    names = [source.name if isinstance(source, Bundle) else deployed.name_of(source.history) for source in run.sources]
     folders = [RunFolder.of(source.path).path for source in run.sources]
     short = [comparison.name_of(folder) for folder in folders]
     shape = run.data.spec.shape
@@ -93,10 +93,10 @@ def sources(run: Run) -> Iterator[Network]:
         if names.count(name) > 1:
             name = f"{name}, {its_run if short.count(its_run) == 1 else folder}"
         if isinstance(source, Bundle):
-            yield Network(name, source.ledger, shape, source, None, None)
+            yield Network(name, source.history, shape, source, None, None)
         else:
             again = partial(rebuild, source.path)  # which travels to another process
-            yield Network(name, source.ledger, shape, None, networks.deployable(source), again)
+            yield Network(name, source.history, shape, None, networks.deployable(source), again)
 
 
 def rebuild(path: Path) -> nn.Module:

@@ -62,12 +62,12 @@ def export(run: Run, source: Checkpoint, result: Checkpoint) -> Iterator[Artifac
     """Yield the source and the result; between them, if a recipe changes shapes and numbers, the new shape in float."""
     folder, shape, name = run.folder / "export", run.data.spec.shape, deployed.name_of
     network = networks.trained(source)
-    yield deployed.export(name(source.ledger), network, source.ledger, shape, folder / "source.onnx")
+    yield deployed.export(name(source.history), network, source.history, shape, folder / "source.onnx")
     if {Stage.STRUCTURE, Stage.QUANTIZE} <= stages(run):
-        network, ledger = networks.in_float(result)
-        yield deployed.export("the same in float", network, ledger, shape, folder / "float.onnx")
+        network, history = networks.in_float(result)
+        yield deployed.export("the same in float", network, history, shape, folder / "float.onnx")
     network = networks.trained(result)
-    yield deployed.export(name(result.ledger), network, result.ledger, shape, folder / "compressed.onnx")
+    yield deployed.export(name(result.history), network, result.history, shape, folder / "compressed.onnx")
 
 
 def scan_source(run: Run) -> Iterator[str]:

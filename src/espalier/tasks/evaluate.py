@@ -56,7 +56,7 @@ def evaluate(
     row["metrics"] = metrics or score(run, split, found)
     notes = list(error_report.describe(found, lambda index_B: run.data.raw(split, index_B).x, run.folder))
     if chosen != TORCH:
-        notes += conclusions.kept_in_float(chosen, conversion(run.sources[0].ledger))
+        notes += conclusions.kept_in_float(chosen, conversion(run.sources[0].history))
     rows = [row]
     if robustness:
         harmed, remarks = harm(run, split, chosen, predict, robustness, epsilon, row)
@@ -125,7 +125,7 @@ def harm(
     unharmed = clean["metrics"][f"{split}/{metric}"]
     error_figures.robustness(unharmed, curves, metric, run.folder / "figures" / "robustness.png")
     notes = [harms.summary(curves, f"{split}/{metric}", unharmed, run.learner.mode)]
-    if is_attacked and is_quantized(run.sources[0].ledger):
+    if is_attacked and is_quantized(run.sources[0].history):
         notes.append("attacks are transferred: they follow the gradient of the float network, as rounding has none")
     elif is_attacked and runtime != TORCH:
         notes.append("attacks follow the gradient of the network in torch")
@@ -135,7 +135,7 @@ def harm(
 def loss_in_torch(run: Run) -> Loss:
     """Return the loss whose gradient attacks follow: of the float network, as rounding has none."""
     assert run.source is not None
-    if is_quantized(run.source.ledger):
+    if is_quantized(run.source.history):
         network = finalize(*networks.in_float(run.source))
     else:
         network = networks.deployable(run.source).module

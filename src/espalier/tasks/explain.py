@@ -74,7 +74,7 @@ def explain(
     if shown.has_classes:
         areas = scoring.random_order(model, shown, setting)
         notes.append("in random order: " + ", ".join(f"{name} {area:.4f}" for name, area in areas.items()))
-    return run.publish(rows, [*notes, *conclusions.caveats(spec, run.ledger)])
+    return run.publish(rows, [*notes, *conclusions.caveats(spec, run.history)])
 
 
 def look_at(

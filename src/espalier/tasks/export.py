@@ -49,7 +49,7 @@ def export(
         raise ConfigError(f"hydra.run.dir={run.folder}: has a folder called export already; choose another folder")
     run.record()
     network = networks.deployable(run.source)
-    gate = parity.Gate(precision == "fp32" and not is_quantized(network.ledger), tolerance, agreement)
+    gate = parity.Gate(precision == "fp32" and not is_quantized(network.history), tolerance, agreement)
     shipped = formats.in_precision(network.module, precision)
     counted = cost.counts(network.trained, run.data.spec.shape)
     rows: list[dict[str, Any]] = []
@@ -100,7 +100,7 @@ def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[
     assert run.source is not None
     collected = provenance.collect()
     content = {
-        "name": deployed.name_of(network.ledger),
+        "name": deployed.name_of(network.history),
         "run": RunFolder.of(run.source.path).path.name,
         "data": run.data.spec.to_dict(),
         "preprocessing": {"formula": preprocess.FORMULA, "picture": preprocess.PICTURE},
@@ -116,7 +116,7 @@ def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[
             }
             for row in rows
         },
-        "compression": network.ledger,
+        "compression": network.history,
         "config": {group: run.source.config[group] for group in ("data", "model", "learner")},
         "report": list(rows),
         "versions": {"python": collected["python"], **collected["packages"]},

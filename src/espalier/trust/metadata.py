@@ -18,7 +18,7 @@ from espalier.spec import DataSpec
 
 MAX_DEPTH = 64
 MAX_PARTS = 5_000_000  # of a whole checkpoint
-MAX_WORDS = 100_000  # of configuration and ledger
+MAX_WORDS = 100_000  # of configuration and history
 MAX_TEXT = 100_000  # letters of one text in them
 INSTANTIATOR = "_instantiator"  # under hyper_parameters: Lightning imports and calls what it names
 OF_CALLBACK = ("best_model_path", "last_model_path", "kth_best_model_path")  # files that may be deleted later
@@ -41,9 +41,9 @@ def require_credible(key: str, path: Path, content: Mapping[str, Any]) -> None:
     _require(key, path, _problems(content, path.stat().st_size))
 
 
-def require_described(key: str, path: Path, config: Any, spec: Any, ledger: Any) -> None:
+def require_described(key: str, path: Path, config: Any, spec: Any, history: Any) -> None:
     """Require the same of what a bundle says; `path` is its folder."""
-    _require(key, path, _problems_of_words(config, spec, ledger))
+    _require(key, path, _problems_of_words(config, spec, history))
 
 
 def _require(key: str, path: Path, problems: Iterator[str]) -> None:
@@ -87,11 +87,11 @@ def _problems(content: Mapping[str, Any], size_bytes: int) -> Iterator[str]:
         )
 
 
-def _problems_of_words(config: Any, spec: Any, ledger: Any) -> Iterator[str]:
+def _problems_of_words(config: Any, spec: Any, history: Any) -> Iterator[str]:
     if not isinstance(config, dict) or not _is_plain(config):
         yield "its configuration is no tree of plain values"
-    if not isinstance(ledger, list) or not _is_plain(ledger) or not all(map(_is_entry, ledger)):
-        yield "its ledger of compression is no list of methods"
+    if not isinstance(history, list) or not _is_plain(history) or not all(map(_is_entry, history)):
+        yield "its history of compression is no list of methods"
     DataSpec.from_dict(spec)
 
 
