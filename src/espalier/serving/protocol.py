@@ -3,7 +3,7 @@
 The limits are of the size of a head and of the time that a request may take to come and an answer to be read: a client
 that opens connections and then sends nothing, or one byte a minute, or headers without end, would otherwise be served
 for ever. A request must be meant for us, by its Host, and a client that has ended its side is answered all the same.
-The shorter way is that of `quick.py`, for requests that come in one piece with nothing unusual in their heads.
+The shorter way is that of `fast_path.py`, for requests that come in one piece with nothing unusual in their heads.
 """
 
 import asyncio
