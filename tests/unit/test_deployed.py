@@ -19,7 +19,7 @@ SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("a", "b", "c"), (1, 1
 
 
 def learner(model: nn.Module) -> Classifier:
-    return Classifier(model, SPEC, None, None, 0, 0.0, None, False, False)  # type: ignore[arg-type]
+    return Classifier(model, SPEC, None, None, 0, 0.0, None, False, False, None, None)  # type: ignore[arg-type]
 
 
 def row(**latency_ms: float) -> dict[str, Any]:

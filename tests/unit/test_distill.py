@@ -65,7 +65,14 @@ def distill(teacher: nn.Module, spec: DataSpec = SPEC, seed: int = 0, **changes:
 
 def classifier(model: nn.Module, lr: float = 0.05) -> Classifier:
     sgd = partial(torch.optim.SGD, lr=lr, momentum=0.9)
-    knobs = {"label_smoothing": 0.1, "class_weights": None, "channels_last": False, "compile": False}
+    knobs = {
+        "label_smoothing": 0.1,
+        "class_weights": None,
+        "channels_last": False,
+        "compile": False,
+        "loss": None,
+        "metrics": None,
+    }
     return Classifier(model, SPEC, sgd, partial(constant), seed=0, **knobs)
 
 
@@ -215,7 +222,7 @@ def test_looking_at_the_layers_leaves_the_network_as_it_was():
 
 def test_a_regression_learns_from_the_square_of_the_distance_to_the_teacher():
     teacher, student = (MLP((5,), 1, [width], "relu", "none", 0.0) for width in (8, 4))
-    knobs = {"loss": "mae", "channels_last": False, "compile": False}
+    knobs = {"loss": "mae", "metrics": None, "channels_last": False, "compile": False}
     learner = Regressor(student, NUMBERS, partial(torch.optim.SGD, lr=0.1), partial(constant), seed=0, **knobs)
     method = distill(teacher, NUMBERS, weight=0.25)
     method.on_fit_start(L.Trainer(logger=False), learner)

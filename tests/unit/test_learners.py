@@ -36,12 +36,13 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 def classifier(model: nn.Module | None = None, data: DataSpec = CLASSES, **changes: Any) -> Classifier:
     knobs = {"optimizer": SGD, "scheduler": partial(constant), "seed": 0, "label_smoothing": 0.0}
-    knobs |= {"class_weights": None, "channels_last": False, "compile": False}
+    knobs |= {"class_weights": None, "channels_last": False, "compile": False, "loss": None, "metrics": None}
     return Classifier(model or nn.Identity(), data, **(knobs | changes))
 
 
 def regressor(model: nn.Module | None = None, loss: str = "mse") -> Regressor:
     knobs = {"optimizer": SGD, "scheduler": partial(constant), "seed": 0, "channels_last": False, "compile": False}
+    knobs["metrics"] = None
     return Regressor(model or nn.Identity(), NUMBERS, loss=loss, **knobs)
 
 
@@ -139,7 +140,9 @@ def test_a_classifier_refuses_what_does_not_fit_the_data(weights, reason):
 
 def test_a_regressor_refuses_classes():
     with pytest.raises(ValueError, match="learner=classifier"):
-        Regressor(nn.Identity(), CLASSES, SGD, partial(constant), 0, "mse", channels_last=False, compile=False)
+        Regressor(
+            nn.Identity(), CLASSES, SGD, partial(constant), 0, "mse", channels_last=False, compile=False, metrics=None
+        )
 
 
 def test_metrics_of_a_regressor_are_in_the_unit_of_the_target():
@@ -183,6 +186,7 @@ def fit(
     torch.manual_seed(0)
     data = Digits(batch_size, augment={}, seed=0)
     knobs = {"label_smoothing": 0.0, "class_weights": None, "channels_last": False, "compile": False}
+    knobs |= {"loss": None, "metrics": None}
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     learner = kind(model, data.spec, SGD, partial(constant), seed=0, **knobs)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

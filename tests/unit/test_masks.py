@@ -47,7 +47,7 @@ def resnet() -> ResNet:
 
 
 def learner(model: nn.Module, optimizer: Any = ADAMW) -> Classifier:
-    return Classifier(model, SPLITS.spec, optimizer, partial(constant), 0, 0.0, None, False, False)
+    return Classifier(model, SPLITS.spec, optimizer, partial(constant), 0, 0.0, None, False, False, None, None)
 
 
 def data() -> Digits:

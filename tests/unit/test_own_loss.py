@@ -27,6 +27,8 @@ KNOBS: dict[str, Any] = {
     "seed": 0,
     "channels_last": False,
     "compile": False,
+    "loss": None,
+    "metrics": None,
 }
 
 
@@ -122,7 +124,7 @@ def test_what_cannot_be_a_loss_or_a_metric_is_refused_when_it_is_built(learner: 
     ],
 )
 def test_a_checkpoint_names_only_trusted_losses_and_metrics(key: str, target: dict[str, Any], is_allowed: bool):
-    node = {"_target_": "espalier.learners.regressor.Regressor", "loss": "mse", "channels_last": False}
+    node = {"_target_": "espalier.learners.regressor.Regressor", "loss": "mse", "metrics": {}, "channels_last": False}
     cfg = OmegaConf.create({"learner": {**node, "compile": False, key: target}})
     if is_allowed:
         check_stored(cfg)

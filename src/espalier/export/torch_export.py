@@ -1,7 +1,7 @@
 """A network as the program that torch.export captures: a `.pt2` file that needs torch and nothing else.
 
 Weights lie in it as bytes and the program as JSON; its example input is pickled, in a form that loads with
-`weights_only=True`. What torch itself would do with a hostile file is in `trust/torch_program.py`, which a session asks first.
+`weights_only=True`. What torch would do with a hostile file is in `trust/torch_program.py`, which a session asks first.
 """
 
 import io

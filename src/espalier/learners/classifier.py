@@ -56,8 +56,8 @@ class Classifier(Learner):
         class_weights: Literal["balanced"] | Sequence[float] | None,
         channels_last: bool,
         compile: bool,
-        loss: nn.Module | None = None,
-        metrics: Mapping[str, Metric] | None = None,
+        loss: nn.Module | None,
+        metrics: Mapping[str, Metric] | None,
     ) -> None:
         if not spec.num_classes:
             raise ValueError(f"data {spec.name} has numbers as targets, not classes; use learner=regressor")

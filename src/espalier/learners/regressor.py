@@ -48,7 +48,7 @@ class Regressor(Learner):
         loss: Literal["mse", "mae", "huber"] | nn.Module,
         channels_last: bool,
         compile: bool,
-        metrics: Mapping[str, Metric] | None = None,
+        metrics: Mapping[str, Metric] | None,
     ) -> None:
         if spec.num_classes:
             raise ValueError(f"data {spec.name} has classes as targets, not numbers; use learner=classifier")
