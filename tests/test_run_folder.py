@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from conftest import Command, command
-from espalier.cli import entry, folders
+from espalier.cli import entry, folders, job
 from espalier.config import compose, conf_dir, overrides
 from espalier.errors import ConfigError
 from espalier.run import Run
@@ -255,7 +255,7 @@ def test_what_a_message_says_to_type_can_be_typed(tmp_path: Path, name: str):
 def composed(espalier: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Where a command would run, trial by trial, as noted in place of a run."""
     found: list[Path] = []
-    monkeypatch.setattr(entry, "_job", lambda cfg: found.append(Path(HydraConfig.get().runtime.output_dir)))
+    monkeypatch.setattr(job, "carry_out", lambda cfg: found.append(Path(HydraConfig.get().runtime.output_dir)))
 
     def composed(*words: str) -> list[Path]:
         found.clear()

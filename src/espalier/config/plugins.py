@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from types import FunctionType, ModuleType
-from typing import Any, ClassVar, TypeVar, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_origin
 
-from pydantic_core import CoreSchema, core_schema
+from pydantic import GetCoreSchemaHandler
 
 from espalier.errors import ConfigError
 
@@ -123,5 +123,5 @@ class OneOf:
 
     names: Callable[[], Sequence[str]]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        return core_schema.literal_schema(list(self.names()))
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(Literal[tuple(self.names())])
