@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import QUICK, Command, command, launch, run_in
-from espalier.cli import entry
+from espalier.cli import job
 from helpers.ranks import ranks
 
 MLP = ("model=mlp", "model.hidden=[32]", "data.batch_size=32", "trainer.max_epochs=2", *QUICK)
@@ -121,7 +121,7 @@ def test_inside_slurm_two_processes_see_all_of_the_data(tmp_path: Path, alone: P
 
 def test_a_batch_script_without_srun_starts_its_own_processes(espalier: Command, monkeypatch: pytest.MonkeyPatch):
     started: list[int] = []
-    monkeypatch.setattr(entry.launch, "launch", lambda words, num_ranks: started.append(num_ranks))
+    monkeypatch.setattr(job.launch, "launch", lambda words, num_ranks: started.append(num_ranks))
     for name, value in (SBATCH | {"SLURM_NTASKS": "4"}).items():
         monkeypatch.setenv(name, value)
     assert espalier("train", *MLP, "strategy=ddp_cpu").code == 0
@@ -153,9 +153,9 @@ def test_a_trainer_that_counts_fewer_processes_than_devices_trains_nothing(
     espalier: Command, monkeypatch: pytest.MonkeyPatch
 ):
     """However it comes that it does."""
-    monkeypatch.setattr(entry.launch, "launch", lambda words, num_ranks: pytest.fail("is started by somebody else"))
+    monkeypatch.setattr(job.launch, "launch", lambda words, num_ranks: pytest.fail("is started by somebody else"))
     monkeypatch.setattr("espalier.validate.num_processes", lambda run: 1)
-    monkeypatch.setattr(entry, "_num_cpus", lambda cfg, task: 1)
+    monkeypatch.setattr(job, "_num_cpus", lambda cfg, task: 1)
     monkeypatch.setattr("espalier.strategies.ddp.Replicated.world_size", 1)
     done = espalier("train", *MLP, "strategy=ddp_cpu")
     assert done.code == 2

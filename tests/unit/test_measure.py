@@ -155,7 +155,7 @@ def test_the_markdown_says_by_which_command_when_and_on_what():
 def test_report_json_has_the_documented_keys(tmp_path):
     report.write(sample_report(), tmp_path)
     stored = json.loads((tmp_path / "report.json").read_text())
-    assert list(stored) == ["schema", "task", "run", "source", "seed", "rows", "ratios", "notes"]
+    assert list(stored) == ["schema", "task", "run", "source", "seed", "rows", "ratios", "notes", "monitored"]
     assert stored["schema"] == 1
 
 

@@ -89,7 +89,7 @@ def test_the_remedies_help(train: int, batch_size: int, world_size: int):
         ({"limit_test_batches": 0}, "trainer.limit_test_batches=0: the report would hold no number"),
         ({"val_check_interval": 18}, "trainer.val_check_interval=18: an epoch has 17 batches"),
         ({"val_check_interval": 9, "limit_train_batches": 8}, "trainer.val_check_interval=9: an epoch has 8 batches"),
-        ({"batch_size": 1152}, "data.batch_size=1152: times 1 devices"),
+        ({"batch_size": 1152}, "data.batch_size=1152: there are only 1151 training samples"),
     ],
 )
 def test_limits_that_leave_nothing_to_do_are_refused(limits: dict[str, Any], line: str):

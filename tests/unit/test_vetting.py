@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from espalier.errors import ConfigError
-from espalier.export import torch_export
+from espalier.export.torch_export import Session, TorchExport
 from espalier.models.mlp import MLP
 from espalier.trust import torch_program
 from espalier.trust.torch_program import require_harmless
@@ -41,7 +41,7 @@ class Touches:
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("honest") / "model.pt2"
     torch.manual_seed(0)
-    torch_export.write(MLP(SHAPE, 3, (5,), "relu", "none", 0.0).eval(), SHAPE, path)
+    TorchExport().write(MLP(SHAPE, 3, (5,), "relu", "none", 0.0).eval(), SHAPE, path)
     return path
 
 
@@ -73,7 +73,7 @@ def in_json(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, byte
 
 def test_an_honest_program_is_loaded(honest: Path):
     require_harmless(honest)
-    assert torch_export.Session(honest, 1)(torch.zeros(2, *SHAPE)).shape == (2, 3)
+    assert Session(honest, 1)(torch.zeros(2, *SHAPE)).shape == (2, 3)
 
 
 class Grouped(nn.Module):
@@ -90,11 +90,11 @@ class Grouped(nn.Module):
 
 def test_sizes_computed_from_the_batch_are_honest(tmp_path: Path):
     model = Grouped().eval()
-    torch_export.write(model, SHAPE, tmp_path / "model.pt2")
+    TorchExport().write(model, SHAPE, tmp_path / "model.pt2")
     x = torch.randn(5, *SHAPE)
     with torch.no_grad():
         expected = model(x)
-    torch.testing.assert_close(torch_export.Session(tmp_path / "model.pt2", 1)(x), expected)
+    torch.testing.assert_close(Session(tmp_path / "model.pt2", 1)(x), expected)
 
 
 def sample(path: Path) -> Callable[[dict[str, bytes]], None]:
@@ -154,7 +154,7 @@ def test_what_would_run_code_is_refused_in_one_line_and_not_run(honest: Path, tm
     touched = tmp_path / "touched"
     path = altered(honest, tmp_path / "model.pt2", make(touched))
     with pytest.raises(ConfigError, match="not loaded, ") as refused:
-        torch_export.Session(path, 1)
+        Session(path, 1)
     assert "\n" not in str(refused.value)
     assert problem in str(refused.value)
     assert not touched.exists()
