@@ -66,7 +66,13 @@ def logits_in_a_new_process(checkpoint: Path, folder: Path) -> torch.Tensor:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize(("recipe", "words"), RECIPES.items())
+def but_for_slow_ones(recipes: dict[str, Any], kept: str) -> list[Any]:
+    """All of them as parameters; those but `kept`, which goes through most, are left to slow tests and the matrix."""
+    marks = {recipe: () if recipe == kept else pytest.mark.slow for recipe in recipes}
+    return [pytest.param(recipe, words, marks=marks[recipe]) for recipe, words in recipes.items()]
+
+
+@pytest.mark.parametrize(("recipe", "words"), but_for_slow_ones(RECIPES, "prune_channels,distill,qat"))
 def test_a_recipe_is_applied_in_one_fit_and_measured_as_deployed(
     espalier: Command, source: Path, recipe: str, words: tuple[str, ...]
 ):
@@ -180,7 +186,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize(("recipe", "words"), RESUMED.items())
+@pytest.mark.parametrize(("recipe", "words"), but_for_slow_ones(RESUMED, "prune_nm,qat"))
 def test_a_killed_compression_resumes_bit_equal(tmp_path: Path, source: Path, recipe: str, words: tuple[str, ...]):
     run = ["compress", f"source={source}", f"compression=[{recipe}]", "trainer.max_epochs=4", "logger=[csv]", *words]
     folders = tmp_path / "unbroken", tmp_path / "broken"

@@ -126,6 +126,7 @@ def test_both_ranks_have_the_structure_scales_and_weights_that_the_first_one_cho
         assert copies == [], "a teacher in a checkpoint"
 
 
+@pytest.mark.slow
 def test_a_recipe_resumes_bit_equal_after_kill_9_and_train_goes_on_with_it(tmp_path: Path, source: Path):
     unbroken = tmp_path / "unbroken"
     assert command(["compress", f"source={source}", *SMALLER, f"hydra.run.dir={unbroken}"], tmp_path).code == 0

@@ -49,7 +49,13 @@ canary.run(json.loads(sys.argv[1]))
 SMALL = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=1")
 
 
-NAMED = (".cache/matplotlib", ".config/matplotlib", ".cache/wandb", ".config/wandb")  # in SECURITY.md
+NAMED = (
+    ".cache/matplotlib",
+    ".config/matplotlib",
+    ".cache/wandb",
+    ".config/wandb",
+    ".local/share/wandb",
+)  # in SECURITY.md
 
 
 class Blocked:
