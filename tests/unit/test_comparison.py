@@ -12,7 +12,7 @@ import yaml
 
 from espalier.errors import ConfigError
 from espalier.profiling import memory
-from espalier.reporting import comparison, page, pareto, report
+from espalier.reporting import comparison, figures, page, pareto, report
 from espalier.reporting.pareto import Point
 from espalier.spec import Report
 
@@ -271,3 +271,24 @@ def test_tensors_that_share_memory_count_once():
     assert memory.tensor_bytes(tied) == 2 * 400
     tied[1].weight = layer.weight
     assert memory.tensor_bytes(tied) == 400
+
+
+def test_a_choice_is_shown_as_a_word_and_the_knobs_of_one_choice_alone_are_left_out(tmp_path: Path):
+    mlp = {"_target_": "espalier.models.mlp.MLP", "hidden": [16], "dropout": 0.1}
+    resnet = {"_target_": "espalier.models.resnet.ResNet", "depth": 8, "dropout": 0.2}
+    folders = [stored(tmp_path / name, [row("n", 0.9)], model=model) for name, model in (("a", mlp), ("b", resnet))]
+    found = comparison.differences(comparison.read("source", folders))
+    assert found == {"": ["model", "model.dropout"], "a": ["MLP", "0.1"], "b": ["ResNet", "0.2"]}
+
+
+def test_validations_are_drawn_over_each_other_and_a_damaged_file_or_a_link_is_left_out(tmp_path: Path):
+    folders = [stored(tmp_path / name, [row("n", 0.9)]) for name in ("a", "b", "damaged", "linked")]
+    for folder in folders[:2]:
+        (folder / "metrics.csv").write_text("step,epoch,val/loss\n1,0,0.5\n2,1,0.25\n")
+    (folders[2] / "metrics.csv").write_text("step,epoch,val/loss\n1,nine,0.5\n")
+    (folders[3] / "metrics.csv").symlink_to(folders[0] / "metrics.csv")
+    logs = comparison.logs(comparison.read("source", folders))
+    assert list(logs) == ["a", "b", "damaged"]
+    assert figures.learning(logs, tmp_path / "learning.png")
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
+    assert not figures.learning({"a": logs["a"], "damaged": logs["damaged"]}, tmp_path / "none.png")

@@ -23,6 +23,7 @@ from espalier.spec import Report
 
 DATED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(\w+)")  # the folder of a run, as conf/hydra/default.yaml names it
 NOT_CHOSEN = ("seed", "source", "resume")  # what runs of the same configuration may differ in
+TARGET = "._target_"
 NOT_SHOWN = ("resume", "task._target_")  # differences that the list of runs shows already
 CELLS: dict[str, Any] = {  # of a row, where it has them; a file is not to be trusted
     "name": str,
@@ -89,14 +90,33 @@ def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     return [file for file in found if _is_own(file)], [file for file in found if not _is_own(file)]
 
 
+def logs(entries: Sequence[Entry]) -> dict[str, Path]:
+    """Return the metrics.csv of each run that has one of its own."""
+    return {entry.name: file for entry in entries if _is_own(file := entry.folder / "metrics.csv")}
+
+
 def differences(entries: Sequence[Entry]) -> Columns:
     """Keys of the configuration that differ, and the value that each run has; empty where none does."""
     known = [entry for entry in entries if entry.config]
     keys = list(dict.fromkeys(key for entry in known for key in entry.config if key not in NOT_SHOWN))
     differing = [key for key in keys if len({_value(entry, key) for entry in known}) > 1]
-    if not differing:
+    chosen = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
+    shown = [key for key in differing if not _is_knob(key, chosen, known)]
+    if not shown:
         return {}
-    return {"": differing} | {entry.name: [_value(entry, key) for key in differing] for entry in known}
+    names = [key.removesuffix(TARGET) for key in shown]
+    return {"": names} | {entry.name: [_short(_value(entry, key), key) for key in shown] for entry in known}
+
+
+def _is_knob(key: str, chosen: Sequence[str], entries: Sequence[Entry]) -> bool:
+    """Whether a key belongs to one choice among several, such as `model.depth` where models differ."""
+    is_common = all(key in entry.config for entry in entries)
+    return not is_common and any(key.startswith(f"{group}.") and key != f"{group}{TARGET}" for group in chosen)
+
+
+def _short(value: str, key: str) -> str:
+    """Return a choice as a word: `ResNet` of `espalier.models.resnet.ResNet`."""
+    return value.rpartition(".")[2] if key.endswith(TARGET) else value
 
 
 def rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -70,6 +70,38 @@ def curves(metrics_csv: Path, target: Path) -> None:
         save(figure, target)
 
 
+def learning(logs: Mapping[str, Path], target: Path) -> bool:
+    """Draw the validation of several runs, name -> metrics.csv, over each other; return whether there was any.
+
+    A file that cannot be read is left out, as no number depends on it.
+    """
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for run, log in logs.items():
+        try:
+            metrics = _per_epoch(log)
+        except (ValueError, AttributeError, OSError, csv.Error):
+            continue
+        for metric, series in metrics.items():
+            if "val" in series:
+                panels.setdefault(metric, {})[run] = series["val"]
+    names = sorted((name for name in panels if len(panels[name]) > 1), key=lambda name: name != "loss")[:2]
+    if not names:
+        return False
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(names), 3.4), layout="constrained")
+        for place, name in enumerate(names, start=1):
+            axes = figure.add_subplot(1, len(names), place)
+            for number, (run, points) in enumerate(panels[name].items()):
+                colour, marker = ARTIFACTS[(number + 1) % len(ARTIFACTS)]
+                finite = [(epoch, value) for epoch, value in points if math.isfinite(value)]
+                axes.plot(*_columns(finite), color=colour, linewidth=1.6, label=run, marker=marker, markevery=0.2)
+            _finish_curve(
+                axes, f"validation {name}", [value for points in panels[name].values() for _, value in points]
+            )
+        save(figure, target)
+    return True
+
+
 def confusion_matrix(matrix: Tensor | NDArray[Any], class_names: Sequence[str], target: Path) -> None:
     """Rows are true classes, columns predicted ones, shape (K, K) of counts; colour is the share of the true class."""
     num_classes = len(class_names)
@@ -184,8 +216,12 @@ def _draw_curve(axes: Axes, name: str, series: Series) -> None:
             epoch, value = pick(finite, key=lambda point: point[1])
             label = f"best {value:.4g}, epoch {epoch}"
             axes.plot([epoch], [value], "o", color=COLOURS[split], markersize=7, markeredgecolor="white", label=label)
-    positive = [value for points in series.values() for _, value in points if value > 0]
-    if name == "loss" and positive and max(positive) > 20 * min(positive):
+    _finish_curve(axes, name, [value for points in series.values() for _, value in points])
+
+
+def _finish_curve(axes: Axes, name: str, values: Sequence[float]) -> None:
+    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    if name.endswith("loss") and positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
     axes.set_title(name.replace("_", " "))
     axes.set_xlabel("epoch")

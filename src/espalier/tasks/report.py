@@ -2,7 +2,7 @@
 
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
-from espalier.reporting import comparison, page, pareto, terminal
+from espalier.reporting import comparison, figures, page, pareto, terminal
 from espalier.reporting import report as tables
 from espalier.run import Run
 from espalier.runs import run_folder
@@ -37,6 +37,7 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
     if metric and len(points) > 1:
         notes = [*pareto.verdicts(points, metric, size), *notes]
         pareto.pareto(points, metric, size, run.folder / "figures" / "pareto.png")
+    figures.learning(comparison.logs(entries), run.folder / "figures" / "learning.png")
     differing = comparison.differences(entries)
     if differing:
         terminal.console().print(tables.grid_of(differing))
