@@ -57,7 +57,7 @@ def test_runs_are_put_side_by_side(espalier: Command, finished: tuple[Path, Path
     assert all(name in text for name in ("seed0", "seed1", NASTY))
     assert "<script" not in html
     assert "://" not in html
-    assert html.count("<img") == 2 + 3 * 2  # the front; curves and confusion of each run
+    assert html.count("<img") == 2 + 3 * 2  # the front, the validations; curves and confusion of each run
     assert "Pareto front of test/accuracy against size" in text
 
 
