@@ -16,7 +16,7 @@ from espalier.cli import entry, folders, job
 from espalier.config import compose, conf_dir, overrides
 from espalier.errors import ConfigError
 from espalier.run import Run
-from espalier.runs import ownership, run_folder
+from espalier.runs import ownership, references, run_folder
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,progress]")
 SMALL = ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.limit_train_batches=2", *QUIET)
@@ -205,7 +205,7 @@ def test_a_run_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert settled("task=train", f"hydra.run.dir={word}", "resume=auto")["resume"] in (str(run), f"run/{name}")
         assert settled("task=train", f"hydra.run.dir={word}")["hydra.run.dir"] in (str(run), f"run/{name}")
         assert settled("task=train", f"hydra.sweep.dir={word}")["hydra.sweep.dir"] in (str(run), f"run/{name}")
-    assert run_folder.split(settled("task=report", f"source={run},other")["source"]) == [str(run), str(other)]
+    assert references.split(settled("task=report", f"source={run},other")["source"]) == [str(run), str(other)]
     last = run / "checkpoints" / "epoch=3-last.ckpt"
     last.touch()
     assert settled("task=evaluate", f"source={last}")["source"] == str(last)

@@ -16,7 +16,7 @@ import yaml
 from conftest import Command, launch_anew
 from espalier.errors import ConfigError
 from espalier.reporting import report
-from espalier.runs import listing, run_folder
+from espalier.runs import listing, references
 from espalier.runs.ownership import locked
 from espalier.spec import Report
 
@@ -202,14 +202,14 @@ def test_files_that_nobody_can_read_are_runs_that_failed(espalier: Command, tmp_
 @pytest.mark.usefixtures("logs")
 def test_best_is_the_finished_training_with_the_best_validation_metric(tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
-    assert run_folder.find("source", "best").name == "better"
+    assert references.find("source", "best").name == "better"
 
 
 def test_best_is_the_lowest_where_lower_is_better(tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     for name, value in (("a", 60.0), ("b", 50.0), ("c", 55.0)):
         left(tmp_path / "logs" / name, value, RMSE)
-    assert run_folder.find("source", "best").name == "b"
+    assert references.find("source", "best").name == "b"
 
 
 def test_best_takes_batches_of_another_size_for_the_same_data(logs: Path):

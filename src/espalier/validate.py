@@ -26,7 +26,7 @@ from espalier.learners.position import epochs_begun, finished
 from espalier.processes import global_batch, launchers
 from espalier.processes.stop_signal import JOB
 from espalier.run import Run
-from espalier.runs import checkpoint, run_folder
+from espalier.runs import checkpoint, references, run_folder
 from espalier.runs.checkpoint import Checkpoint
 from espalier.runs.run_folder import RunFolder
 from espalier.trust import metadata
@@ -55,7 +55,7 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
     sources: list[Checkpoint | Bundle] = []
     resumed = None
     if cfg.source and task != "report":  # which reads reports, no networks
-        sources = [_source(each, task) for each in run_folder.split(cfg.source)]
+        sources = [_source(each, task) for each in references.split(cfg.source)]
         cfg = inherit.from_source(cfg, sources[0].config, words, may_change=MAY_CHANGE.get(task, ()))
     if cfg.resume:
         resumed = checkpoint.load_run("resume", cfg.resume, run_folder.RESUMED)
@@ -120,7 +120,7 @@ def _check_combination(cfg: DictConfig, task: str) -> None:
         raise ConfigError(f"requeue=true: this is no job of SLURM, as {JOB} is not set; drop it")
     if cfg.source and cfg.resume:
         raise ConfigError(f"source={cfg.source}: a resumed run has its weights already; drop source or resume")
-    if cfg.source and task not in run_folder.TAKES_SEVERAL and len(run_folder.split(cfg.source)) > 1:
+    if cfg.source and task not in run_folder.TAKES_SEVERAL and len(references.split(cfg.source)) > 1:
         raise ConfigError(
             f"source={cfg.source}: {task} takes one RUN; several go to {' or '.join(run_folder.TAKES_SEVERAL)}"
         )
@@ -151,8 +151,8 @@ def _check_position(trainer: DictConfig, resumed: Checkpoint) -> None:
 
 def _source(reference: str, task: str) -> Checkpoint | Bundle:
     """Return what a RUN stands for: its exported bundle where it holds one, else its checkpoint."""
-    path = run_folder.find("source", reference)
-    exported = run_folder.bundle_in(path)
+    path = references.find("source", reference)
+    exported = references.bundle_in(path)
     if exported is None and task in run_folder.TAKES_BUNDLE:
         raise ConfigError(
             f"source={reference}: holds no exported bundle; make one: espalier export {typed('source', reference)}"

@@ -14,7 +14,7 @@ from espalier.api.samples import Given, raw_samples
 from espalier.cli.entry import refuse_unsafe_loading
 from espalier.errors import ConfigError, require
 from espalier.reporting import report
-from espalier.runs import run_folder
+from espalier.runs import references, run_folder
 from espalier.runs.run_folder import RunFolder
 from espalier.spec import DataSpec
 
@@ -66,8 +66,8 @@ def load(run: str | os.PathLike[str]) -> Loaded:
     Raises:
         ConfigError: there is none, or it is damaged or not to be trusted.
     """
-    path = run_folder.find("source", os.fspath(run))
-    bundle = run_folder.bundle_in(path)
+    path = references.find("source", os.fspath(run))
+    bundle = references.bundle_in(path)
     if bundle is not None and not RunFolder(path).checkpoints.is_dir():
         return _of_bundle(bundle)
     return _of_checkpoint(path)
@@ -109,7 +109,7 @@ def _measured(file: Path) -> dict[str, float]:
     """Return what the report of a run says of this checkpoint; nothing where it measured another or there is none."""
     folder = RunFolder.of(file).path
     try:
-        is_measured = run_folder.checkpoint_in("source", folder, run_folder.EVALUATED).samefile(file)
+        is_measured = references.checkpoint_in("source", folder, run_folder.EVALUATED).samefile(file)
         rows = report.read(folder).rows if is_measured else []
     except (ConfigError, OSError, ValueError, TypeError):
         return {}

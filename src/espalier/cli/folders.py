@@ -11,7 +11,7 @@ from espalier.config import conf_dir, inherit
 from espalier.config.overrides import folder_word, open_to_any, quoted, unquoted
 from espalier.errors import ConfigError
 from espalier.processes import launch, launchers
-from espalier.runs import ownership, run_folder
+from espalier.runs import ownership, references, run_folder
 from espalier.runs.run_folder import RunFolder
 
 LEAVES_NOTHING = ("serve",)  # tasks that take over no folder
@@ -25,7 +25,7 @@ def settle(words: Sequence[str], task: str) -> list[str]:
     global _may_begin_again
     _may_begin_again = "resume=auto" in words
     if _may_begin_again:
-        begun = run_folder.begun(words)
+        begun = references.begun(words)
         dropped = ("resume=", "source=") if begun else ("resume=",)  # a run that goes on has its source's weights
         words = [word for word in words if not word.startswith(dropped)]
         words += [f"resume={quoted(str(begun))}"] if begun else []
@@ -40,7 +40,7 @@ def settle(words: Sequence[str], task: str) -> list[str]:
     for place, word in enumerate(words):
         key, _, value = word.partition("=")
         if key == "resume" and value not in ("", "null"):
-            path = run_folder.find(key, unquoted(value)).resolve()
+            path = references.find(key, unquoted(value)).resolve()
             path = RunFolder.of(path).path if path.is_file() else path
             if "${" in str(path):
                 raise ConfigError(
@@ -49,7 +49,7 @@ def settle(words: Sequence[str], task: str) -> list[str]:
             settled[place] = f"{key}={quoted(str(path))}"
             settled.append(f"hydra.run.dir={quoted(str(path))}")
         if key == "source" and value not in ("", "null"):
-            named = [unquoted(run) for run in run_folder.split(unquoted(value))]
+            named = [unquoted(run) for run in references.split(unquoted(value))]
             paths = [str(_find(run, holds).resolve()) for run in named]
             several = [",".join(paths)] if task in run_folder.TAKES_SEVERAL else paths  # else Hydra asks for -m
             settled[place] = f"{key}={','.join(map(quoted, several))}"
@@ -71,7 +71,7 @@ def settle(words: Sequence[str], task: str) -> list[str]:
 
 def _find(source: str, holds: str | Path) -> Path:
     if "://" not in source or holds != run_folder.CHECKPOINTS:
-        return run_folder.find("source", source, holds)
+        return references.find("source", source, holds)
     from espalier.runs import remote
 
     return remote.fetch("source", source)

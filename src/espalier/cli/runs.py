@@ -13,7 +13,7 @@ from espalier.cli.help_pages import YES
 from espalier.config.home import at_home
 from espalier.errors import ConfigError, EspalierError
 from espalier.reporting import report, terminal
-from espalier.runs import listing, ownership, run_folder
+from espalier.runs import listing, ownership, references, run_folder
 from espalier.runs.listing import Listed
 from espalier.runs.states import RUNNING, STATES
 
@@ -138,7 +138,7 @@ def _named(value: str, runs: Sequence[Listed], logs: Path) -> list[Listed]:
         return [run for run in runs if run.state == value]
     by_path = {run.folder.resolve(): run for run in runs}
     found: dict[Path, Listed] = {}
-    for name in run_folder.split(value):
+    for name in references.split(value):
         path = next((path for path in (Path(at_home(name)), logs / name) if path.resolve() in by_path), None)
         if path is None:
             raise ConfigError(f"delete={name}: no run below {logs}; espalier {NAME} logs={logs} lists them")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from espalier.config import conf_dir
 from espalier.config.overrides import typed
 from espalier.errors import ConfigError, EspalierError
-from espalier.runs import run_folder, storage
+from espalier.runs import references, run_folder, storage
 from espalier.runs.run_folder import RunFolder
 from espalier.spec import DataSpec, Entry
 from espalier.trust import archive, metadata
@@ -119,7 +119,7 @@ def load_run(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
     Raises:
         ConfigError: the RUN holds none of them, or what it holds cannot be read.
     """
-    path = run_folder.checkpoint_in(key, run_folder.find(key, reference), names)
+    path = references.checkpoint_in(key, references.find(key, reference), names)
     found = _last_or_previous(key, path)
     if run_folder.BEST in names and path.name in run_folder.RESUMED and path != Path(reference):
         return _unrecorded(key, found)

@@ -5,7 +5,7 @@ from espalier.errors import ConfigError
 from espalier.reporting import comparison, figures, page, pareto, terminal
 from espalier.reporting import report as tables
 from espalier.run import Run
-from espalier.runs import run_folder
+from espalier.runs import references
 from espalier.runs.run_folder import RunFolder
 from espalier.spec import Report
 
@@ -22,7 +22,7 @@ def report(run: Run, metric: str | None, batch: Count | None) -> Report:
     """
     if not run.cfg.source:
         raise ConfigError("source=null: report needs finished RUNs, such as source=RUN,RUN; try source=latest")
-    folders = [RunFolder.of(run_folder.find("source", each)).path for each in run_folder.split(run.cfg.source)]
+    folders = [RunFolder.of(references.find("source", each)).path for each in references.split(run.cfg.source)]
     entries = comparison.read("source", folders)
     rows = comparison.rows(entries)
     metric = _choice("metric", metric, [name for row in rows for name in row.get("metrics", {})])
