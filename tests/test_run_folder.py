@@ -16,7 +16,7 @@ from espalier.cli import entry, folders, job
 from espalier.config import compose, conf_dir, overrides
 from espalier.errors import ConfigError
 from espalier.run import Run
-from espalier.runs import ownership, references, run_folder
+from espalier.runs import ownership, references
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,progress]")
 SMALL = ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.limit_train_batches=2", *QUIET)
@@ -164,7 +164,7 @@ def test_resume_auto_is_decided_once_more_when_the_folder_is_locked(
         (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
         return whole(folder, check)
 
-    monkeypatch.setattr(run_folder, "begun", begun)
+    monkeypatch.setattr(references, "begun", begun)
     monkeypatch.setattr(ownership, "locked", locked)
     done = espalier("train", *SMALL, "hydra.run.dir=run", "resume=auto")
     assert done.code == 2
