@@ -35,6 +35,7 @@ class ExactTraining(L.LightningModule):
         self.guard = Guard()
         self.interrupt = Interrupt()
         self.signalled = Question()  # whether any of several processes has been
+        self.num_val_batches = 0  # by the checkpoint that this goes on from; nothing may be left to train
         self.validation: dict[str, Any] | None = None  # the last one: step, what decides which is best, and all metrics
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -147,7 +148,7 @@ class ExactTraining(L.LightningModule):
             accumulate=trainer.accumulate_grad_batches,
             num_batches=int(trainer.num_training_batches),
             val_check_batch=int(every) if every and math.isfinite(every) else 0,
-            num_val_batches=int(sum(trainer.num_val_batches)),
+            num_val_batches=int(sum(trainer.num_val_batches)) or self.num_val_batches,
         )
         return asdict(split)
 
@@ -156,6 +157,9 @@ class ExactTraining(L.LightningModule):
             self.trainer.should_stop = bool(checkpoint.get("has_stopped"))
             self.validation = checkpoint.get("validation")
         if batch_size := getattr(self.trainer.datamodule, "batch_size", None):  # type: ignore[attr-defined]
+            before = global_batch.of(checkpoint)
+            if before and before.samples == self.trainer.world_size * batch_size:
+                self.num_val_batches = before.num_val_batches
             global_batch.translate(checkpoint, self.trainer.world_size, batch_size)
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
