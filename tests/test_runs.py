@@ -2,11 +2,8 @@
 
 import io
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,8 @@ from conftest import Command, launch_anew
 from espalier.errors import ConfigError
 from espalier.reporting import report
 from espalier.runs import listing, references
-from espalier.runs.ownership import locked
 from espalier.spec import Report
+from helpers.holder import another_process_holds
 
 DIGITS = {"_target_": "espalier.data.digits.Digits", "batch_size": 64}
 ACCURACY = {"metric": "val/accuracy", "mode": "max"}
@@ -40,26 +37,6 @@ def left(
         past = time.time() - 3600 * age
         os.utime(folder / "report.json", (past, past))
     return folder
-
-
-@contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    """A process that has locked the folder, as a run that works there."""
-    ready, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            with locked(folder):
-                os.write(told, b"x")
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.read(ready, 1)
-    try:
-        yield
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 @pytest.fixture
@@ -118,7 +95,7 @@ def test_a_metric_that_gets_better_as_it_falls_is_sorted_upwards(espalier: Comma
 
 
 def test_a_run_that_works_is_running_and_is_not_deleted(espalier: Command, logs: Path):
-    with working_in(logs / "train" / "good"):
+    with another_process_holds(logs / "train" / "good"):
         assert names(espalier("runs", "state=running").out) == ["good"]
         done = espalier("runs", "delete=logs/train/good", "--yes")
         assert (done.code, done.err) == (2, "espalier: delete=logs/train/good: is running; stop it first\n")

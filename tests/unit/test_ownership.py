@@ -7,8 +7,6 @@ import os
 import shlex
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,26 +14,7 @@ import pytest
 from espalier.errors import ConfigError
 from espalier.runs import ownership
 from espalier.runs.ownership import LOCK, locked, require_unused
-
-
-@contextmanager
-def another_process_holds(folder: Path) -> Iterator[int]:
-    """A fork that has locked the folder; its number."""
-    ready, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            with locked(folder):
-                os.write(told, b"x")
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.read(ready, 1)
-    try:
-        yield child
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+from helpers.holder import another_process_holds
 
 
 def left_by(folder: Path, **changes: object) -> None:

@@ -1,7 +1,7 @@
 """`espalier TASK [overrides]`: verb, compose, check, run, exit code.
 
 The verb is sugar for `task=TASK` and stays in `sys.argv` in that form, because DDP children run the command line again.
-Torch and Lightning are imported inside `_job`, after the configuration has composed.
+Torch and Lightning are imported inside `job.carry_out`, after the configuration has composed.
 """
 
 import logging
@@ -10,16 +10,12 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import metadata
-from typing import TYPE_CHECKING
 
 from espalier.cli import help_pages, job
 from espalier.config import conf_dir, redaction
 from espalier.errors import ConfigError, EspalierError
 from espalier.processes import launch, launchers, signals
 from espalier.reporting import terminal
-
-if TYPE_CHECKING:
-    pass
 
 TAKES_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i"}
@@ -118,7 +114,7 @@ def _version() -> str:
 
 
 def compose_and_run() -> int:
-    """Run what `sys.argv` says and return the exit code; `last_ended` knows the folder.
+    """Run what `sys.argv` says and return the exit code; `job.last_ended` knows the folder.
 
     Raises:
         EspalierError: it cannot work, failed, diverged or was stopped.

@@ -13,6 +13,7 @@ from espalier.config import conf_dir, redaction
 from espalier.errors import ConfigError, EspalierError, StoppedError
 from espalier.processes import launch, launchers, signals
 from espalier.reporting import terminal
+from espalier.runs import run_folder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,7 +46,7 @@ def last_ended() -> Path:
 
 
 def carry_out(cfg: "DictConfig") -> float | None:
-    """One run, or one trial of a sweep; returns what a sweep optimises.
+    """Carry out one run, or one trial of a sweep; return what a sweep optimises.
 
     Errors are kept for `entry.py`: Hydra would print them in its own way, and what it raises itself is then
     about composing alone. Launchers that run trials in other processes hand errors over themselves.
@@ -113,9 +114,6 @@ def _announce(cfg: "DictConfig", task: str, choices: Mapping[str, Any], folder: 
     """
     if task not in conf_dir.TRAINS or launchers.rank() > 0 or launch.is_rank():
         return
-
-    from espalier.runs import run_folder
-
     what = f"{task} {choices['model']} on {choices['data']}"
     if cfg.resume:
         what = "going on"
@@ -127,7 +125,7 @@ def _announce(cfg: "DictConfig", task: str, choices: Mapping[str, Any], folder: 
 
 
 def _num_cpus(cfg: "DictConfig", task: str) -> int:
-    """How many processes a training on CPUs takes, where that can be told without importing torch here as well: else 1.
+    """Return how many processes a training on CPUs takes, where that can be told without importing torch: else 1.
 
     Each of them checks its input then, and what all of them find is said once.
     """

@@ -45,7 +45,7 @@ def changed_samples(data: DataModule, source: Checkpoint | Bundle) -> list[str]:
 
 
 def _are_others(now: DataSpec, then: DataSpec) -> bool:
-    """Whether samples have other names, sizes or labels, or come in another order, as far as both specs say."""
+    """Say whether samples have other names, sizes, labels or another order, as far as both specs tell."""
     return bool(now.fingerprint and then.fingerprint) and now.fingerprint != then.fingerprint
 
 

@@ -76,7 +76,7 @@ class Parts:
 
     @cached_property
     def history(self) -> list[Entry]:
-        """What was done to the network, in order; grows as the recipe is applied."""
+        """Keep what was done to the network, in order; it grows as the recipe is applied."""
         return self._start[1]
 
     @cached_property

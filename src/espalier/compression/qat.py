@@ -30,7 +30,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class EightBits(Compression):
-    """What `qat` and `ptq` have in common: all but when the ranges are found."""
+    """Share what `qat` and `ptq` have in common: all but when the ranges are found."""
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
 

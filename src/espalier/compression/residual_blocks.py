@@ -43,7 +43,7 @@ def drop(model: nn.Module, blocks: Mapping[str, bool]) -> nn.Module:
 
 
 def needed_activations(model: nn.Module, blocks: Sequence[str], x: Tensor) -> dict[str, bool]:
-    """Whether the activation that is left of a block does anything: not if it is a ReLU of what a ReLU returned."""
+    """Say whether the activation that is left of a block does anything: no ReLU does of what a ReLU returned."""
     trial = drop(copy.deepcopy(model).eval(), dict.fromkeys(blocks, True))
     outputs: list[Tensor] = []  # of ReLUs; kept alive, so that no other tensor is taken for one of them
     needed: dict[nn.Module, bool] = {}

@@ -93,7 +93,7 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
 
 
 def _differs(cfg: DictConfig, stored: Mapping[str, Any], word: Override, group: str) -> bool:
-    """Whether this word asks for something else than the run has: its whole group, or the one value it sets."""
+    """Say whether this word asks for something else than the run has: its whole group, or the value it sets."""
     if _plain(cfg[group]) == stored[group]:
         return False
     if "." not in word.key_or_group or word.is_delete():
@@ -127,7 +127,7 @@ def _group(word: Override) -> str:
 
 
 def _is_hidden(stored: Mapping[str, Any], word: Override) -> bool:
-    """Whether this key was stored without its value, because that is a secret."""
+    """Say whether this key was stored without its value, because that is a secret."""
     return OmegaConf.select(OmegaConf.create(dict(stored)), word.key_or_group) == redaction.HIDDEN
 
 

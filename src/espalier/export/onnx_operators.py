@@ -17,7 +17,7 @@ INTEGER_LAYERS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQu
 
 
 def operators(path: Path) -> Counter[str]:
-    """How many operators of each type the runtime executes, after it has fused what it can."""
+    """Count the operators of each type that the runtime executes, after it has fused what it can."""
     return Counter(node.op_type for node in _optimised(path, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL).node)
 
 
