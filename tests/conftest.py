@@ -13,7 +13,7 @@ import torch
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
-from espalier.cli import entry
+from espalier.cli import entry, program
 from espalier.reporting import figures
 from helpers import forked
 
@@ -52,7 +52,8 @@ def espalier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str] | None = None) -> Outcome:
     before, sys.argv = sys.argv, ["espalier", *words]
     try:
-        with pytest.MonkeyPatch.context() as patch:
+        # Folders of mistakes are gone, those of pytest go: no later line is for a file in them.
+        with program.kept_logging(), pytest.MonkeyPatch.context() as patch:
             spare(patch)
             entry.main()
         code = 0

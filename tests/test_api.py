@@ -229,6 +229,25 @@ def test_wrong_words_raise_in_one_line_and_leave_no_trace(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["", "a.library"])
+def test_the_log_file_of_the_program_goes_on_after_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    monkeypatch.chdir(tmp_path)
+    log = logging.FileHandler(tmp_path / "program.log", mode="w")
+    logger = logging.getLogger(place)
+    logger.addHandler(log)
+    try:
+        logger.warning("before")
+        with pytest.raises(package.EspalierError):
+            package.train("data.batch_size=0")
+        logger.warning("after")
+    finally:
+        logger.removeHandler(log)
+        log.close()
+    assert (tmp_path / "program.log").read_text() == "before\nafter\n"
+
+
 def test_importing_the_package_imports_nothing_else(tmp_path: Path):
     slow = "{'numpy', 'torch', 'hydra', 'omegaconf', 'PIL'} & set(sys.modules)"
     (tmp_path / "imported.py").write_text(f"import sys, espalier; print({slow}, 'load' in dir(espalier))")

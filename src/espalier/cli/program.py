@@ -25,22 +25,41 @@ def run(words: Sequence[str]) -> Path:
 
 @contextmanager
 def _as_command(words: Sequence[str]) -> Iterator[None]:
-    """Within, this process looks like the command; afterwards all is as it was, the handlers of logging among it."""
+    """Within, this process looks like the command; afterwards all is as it was, logging too."""
     from hydra.core.global_hydra import GlobalHydra
 
-    root = logging.getLogger()
-    argv, handlers, level = sys.argv, list(root.handlers), root.level
-    full_error = os.environ.get(FULL_ERROR)
+    argv, full_error = sys.argv, os.environ.get(FULL_ERROR)
     sys.argv = [entry.NAME, *words]  # where ranks and provenance.json find them
     try:
-        yield
+        with kept_logging():
+            yield
     finally:
         sys.argv = argv
-        for handler in set(root.handlers) - set(handlers):
-            handler.close()
-        root.handlers[:] = handlers
-        root.setLevel(level)
         os.environ.pop(FULL_ERROR, None)
         if full_error is not None:
             os.environ[FULL_ERROR] = full_error
         GlobalHydra.instance().clear()
+
+
+@contextmanager
+def kept_logging() -> Iterator[None]:
+    """Give the root logger back the handlers and the level that it has now; what came within is closed.
+
+    Hydra configures logging anew, which closes every handler there is. A closed one opens its file once more, or, where
+    it was opened to be written anew, drops each line without a word. So nobody closes those of the program.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    loggers = [one for one in root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    own = {handler for logger in (root, *loggers) for handler in logger.handlers}
+    for handler in own:
+        handler.close = lambda: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - own:
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        for handler in own:
+            del handler.close
