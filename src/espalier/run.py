@@ -161,7 +161,8 @@ class Run(Parts):
         said = [*warnings, *notes, *found]
         done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, said, chosen)
         if is_first_rank():
-            tables = self.learner.measured.get("test", {}) if "learner" in self.__dict__ else {}
-            results.draw(done, self.folder, tables, self.data.spec.class_names if tables else ())
+            kind = self.learner.kind if "learner" in self.__dict__ else None
+            tables = self.learner.measured.get("test", {}) if kind else {}
+            results.draw(done, self.folder, {name.removeprefix("test/"): table for name, table in tables.items()}, kind)
             results.publish(done, self.folder, self.loggers, self.data.spec.name if "data" in self.__dict__ else "")
         return done

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.compression import base
-from espalier.compression.distill import Distill, attention_loss, decoupled, distillation, feature_loss
+from espalier.compression.distill import Distill, attention_loss, decoupled, feature_loss
 from espalier.compression.graph_module import capture
 from espalier.data.digits import Digits
 from espalier.data.mixing import Mixup
@@ -27,6 +27,7 @@ from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
 from espalier.optim.schedules import constant
 from espalier.spec import DataSpec
+from espalier.targets.metrics import distillation
 
 SHAPE = (1, 8, 8)
 SPEC = DataSpec("toy", SHAPE, 1.0, (0.0,), (1.0,), tuple("0123456789"), (10,) * 10)

@@ -14,18 +14,12 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
 from espalier.evaluation import prediction_files
-from espalier.evaluation.predictions import (
-    NUM_BINS,
-    Predictions,
-    calibration,
-    class_table,
-    collect,
-    confident_errors,
-    join,
-    per_class,
-    worst,
-)
+from espalier.evaluation.predictions import collect
+from espalier.runs import files
 from espalier.spec import DataSpec
+from espalier.targets.class_report import class_table, confidence, confident_errors, per_class, worst, write_classes
+from espalier.targets.metrics import NUM_BINS, CalibrationError, calibration
+from espalier.targets.predictions import Predictions, join
 
 NUM_CLASSES = 7
 NAMES = tuple(f"kind {number}" for number in range(NUM_CLASSES))
@@ -82,15 +76,20 @@ def test_of_many_classes_the_table_shows_the_worst_ten(num_classes: int, num_sho
     assert "name 01" in shown.get()
 
 
-def test_the_calibration_error_is_the_one_that_training_logs():
+def test_the_calibration_error_is_that_of_torchmetrics_in_whatever_batches_and_processes():
     found = random_answers()
-    expected = multiclass_calibration_error(found.output, found.y, NUM_CLASSES, n_bins=NUM_BINS)
-    assert calibration(found).error == pytest.approx(float(expected), abs=1e-6)
+    expected = float(multiclass_calibration_error(found.output, found.y, NUM_CLASSES, n_bins=NUM_BINS))
+    assert calibration(found.output, found.y).error == pytest.approx(expected, abs=1e-6)
+    ranks = [CalibrationError(), CalibrationError()]
+    for place, rows in enumerate(torch.arange(len(found)).split(37)):
+        ranks[place % 2].update(found.output[rows], found.y[rows])
+    ranks[0].bins += ranks[1].bins  # as processes are summed
+    assert ranks[0].compute() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_calibration_error_on_paper():
     found = of_probabilities([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.4, 0.6]], [0, 1, 1, 1])
-    curve = calibration(found)
+    curve = calibration(found.output, found.y)
     # 0.9 twice, right once: gap 0.4 of two samples; 0.7, right: 0.3; 0.6, right: 0.4
     assert curve.error == pytest.approx((2 * 0.4 + 0.3 + 0.4) / 4)
     assert curve.count.sum() == 4
@@ -100,7 +99,8 @@ def test_a_calibration_error_on_paper():
 
 
 def test_certainty_belongs_to_the_last_bin():
-    curve = calibration(of_probabilities([[1.0, 0.0], [1.0, 0.0]], [0, 0]))
+    found = of_probabilities([[1.0, 0.0], [1.0, 0.0]], [0, 0])
+    curve = calibration(found.output, found.y)
     assert curve.count.tolist() == [0] * (NUM_BINS - 1) + [2]
     assert curve.error == 0
 
@@ -166,13 +166,13 @@ def test_files_are_scored_together(tmp_path: Path):
     files = [tmp_path / str(place) / "predictions.parquet" for place in range(2)]
     assert [prediction_files.num_rows(file) for file in files] == [20, 30]
     expected = float((found.predicted == found.y).double().mean())
-    assert prediction_files.score(files, is_regression=False) == {"accuracy": pytest.approx(expected)}
+    assert prediction_files.score(files, found.kind) == {"accuracy": pytest.approx(expected)}
 
 
 def test_files_of_a_regression_are_scored_as_scikit_learn_does(tmp_path: Path):
     found = regression(40)
     file = prediction_files.write(found, "parquet", tmp_path)
-    scores = prediction_files.score([file], is_regression=True)
+    scores = prediction_files.score([file], found.kind)
     assert scores["rmse"] == pytest.approx(root_mean_squared_error(found.y, found.predicted), rel=1e-5)
     assert scores["mae"] == pytest.approx(mean_absolute_error(found.y, found.predicted), rel=1e-5)
 
@@ -190,7 +190,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path):
 
     (tmp_path / "table.csv").write_text("old")
     with pytest.raises(OSError, match="disk full"):
-        prediction_files.write_csv(tmp_path / "table.csv", ["word"], rows())
+        files.write_csv(tmp_path / "table.csv", ["word"], rows())
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("table.csv", "old")]
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from espalier.callbacks import summary
 from espalier.errors import ConfigError
-from espalier.evaluation import predictions
-from espalier.evaluation.predictions import ClassScore
+from espalier.targets import class_report
+from espalier.targets.class_report import ClassScore
 from espalier.reporting import report, terminal
 
 MARKUP = "[/x] [red]y[/red] :bug:"
@@ -35,7 +35,7 @@ def test_every_table_shows_a_name_as_letters(capsys: pytest.CaptureFixture[str],
     for table in (
         summary.table(lines),
         report.grid_of({"": [name], name: [name]}),
-        predictions.class_table([ClassScore(name, 1, 1, 1, 1)]),
+        class_report.class_table([ClassScore(name, 1, 1, 1, 1)]),
     ):
         terminal.console().print(table)
         out = printed(capsys)

@@ -90,7 +90,7 @@ def _of_checkpoint(path: Path) -> Loaded:
     from espalier.compression.base import without_teacher
     from espalier.export.preprocess import normalise
     from espalier.runs import checkpoint
-    from espalier.serving.probabilities import of_logits
+    from espalier.targets.kinds import kind_of
 
     stored = checkpoint.load_run("source", str(path), run_folder.EVALUATED)
     spec = stored.spec
@@ -100,7 +100,7 @@ def _of_checkpoint(path: Path) -> Loaded:
     def network(raw: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.no_grad():
             logits = module(torch.from_numpy(normalise(spec, raw)))
-        return of_logits(spec, logits.float().numpy())
+        return kind_of(spec).answer(logits.float().numpy())
 
     return Loaded(stored.path, spec, stored.config, _measured(stored.path), network, module)
 

@@ -15,6 +15,7 @@ from espalier.data.loaders import Order
 from espalier.data.module import DataModule
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec
+from espalier.targets.kinds import kind_of
 
 FEW_BATCHES = 10  # per epoch; with fewer, batch statistics and schedules are coarse
 MUCH_LEFT_OUT = 0.05  # of the training samples, in each epoch
@@ -98,10 +99,9 @@ def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool, finish
 
 def line(planned: Plan, trainer: L.Trainer, spec: DataSpec) -> str:
     """Return what the user reads before the first epoch: device, data, steps."""
-    outputs = f"{spec.num_classes} classes" if spec.num_classes else "one number"
     samples, steps = planned.lines
     shape = " x ".join(map(str, spec.shape))
-    return f"{device(trainer)}; {spec.name}: {samples} of {shape}, {outputs}; {steps}"
+    return f"{device(trainer)}; {spec.name}: {samples} of {shape}, {kind_of(spec).said}; {steps}"
 
 
 def require_test(trainer: L.Trainer, data: DataModule, split: str) -> None:

@@ -15,6 +15,7 @@ from espalier.config.conf_dir import TRAINS
 from espalier.loggers.wandb_log import log_report
 from espalier.reporting import figures, provenance, report, terminal
 from espalier.spec import Report
+from espalier.targets.kind import TargetKind
 
 PROVENANCE = "provenance.json"
 PROFILE = "profile"  # in the names of a profiler's files
@@ -31,18 +32,15 @@ def record(folder: Path, config: Mapping[str, Any], words: Sequence[str], *, is_
     (folder / PROVENANCE).write_text(json.dumps(provenance.collect(), indent=2) + "\n")
 
 
-def draw(done: Report, folder: Path, tables: Mapping[str, Tensor], class_names: Sequence[str]) -> None:
-    """Draw the figures of a report; `tables` are those that the learner measured."""
+def draw(done: Report, folder: Path, tables: Mapping[str, Tensor], kind: TargetKind | None) -> None:
+    """Draw the figures of a report; `tables` are metrics of a test by name, of a target of this kind."""
     (folder / "figures").mkdir(exist_ok=True)
     if (folder / "metrics.csv").exists() and done.task in TRAINS:
         figures.curves(folder / "metrics.csv", folder / "figures" / "curves.png")
     if done.task == "compress":
         figures.trade_off(done.rows, folder / "figures" / "trade_off.png")
-    if "test/confusion_KK" in tables:
-        figures.confusion_matrix(tables["test/confusion_KK"], class_names, folder / "figures" / "confusion.png")
-    if "test/pairs_N2" in tables:
-        predicted, true = tables["test/pairs_N2"].unbind(1)
-        figures.predicted_vs_true(predicted, true, folder / "figures" / "predictions.png")
+    if kind:
+        kind.draw(tables, folder / "figures")
 
 
 def publish(done: Report, folder: Path, loggers: Iterable[Logger], data: str) -> None:

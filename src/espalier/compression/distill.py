@@ -25,22 +25,13 @@ from espalier.errors import ConfigError
 from espalier.learners.learner import Learner
 from espalier.seeding import generator
 from espalier.spec import DataSpec, Entry
+from espalier.targets.kinds import kind_of
+from espalier.targets.metrics import distillation
 
 ADAPTER_STREAM = 0xADA  # keeps the first weights of adapters apart from other users of the seed
 
 Adapter = Sequence[Any]  # [channels of the student, channels of the teacher, "conv" or "linear"]
 Read = Callable[[], Mapping[str, Any]]  # outputs of the watched modules in the last forward pass, by path
-
-
-def distillation(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of softened logits, mean over the batch, in nats; scalar.
-
-    Scaled by temperature**2 so gradients keep their size as it changes
-    (Hinton et al. 2015, section 2, arxiv.org/abs/1503.02531).
-    """
-    ours_BK = F.log_softmax(student_BK / temperature, dim=1)
-    theirs_BK = F.log_softmax(teacher_BK / temperature, dim=1)
-    return F.kl_div(ours_BK, theirs_BK, reduction="batchmean", log_target=True) * temperature**2
 
 
 def decoupled(
@@ -120,7 +111,7 @@ class Distill(Compression):
         seed: int,
         network: Callable[[str, str], nn.Module],
     ) -> None:
-        if soft_loss == "decoupled" and not spec.num_classes:
+        if soft_loss == "decoupled" and not kind_of(spec).has_probabilities:
             raise ConfigError(
                 f"compression.distill.soft_loss=decoupled: takes classes apart, but data {spec.name} has none; "
                 "use logits"
@@ -237,11 +228,9 @@ class Distill(Compression):
         return loss
 
     def _soft_loss(self, student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
-        if not self.spec.num_classes:
-            return F.mse_loss(student, teacher)
-        if self.soft_loss == "logits":
-            return distillation(student, teacher, self.temperature)
-        return decoupled(student, teacher, y, self.temperature, self.alpha, self.beta)
+        if self.soft_loss == "decoupled":
+            return decoupled(student, teacher, y, self.temperature, self.alpha, self.beta)
+        return kind_of(self.spec).distance(student, teacher, self.temperature)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.undo.close()

@@ -17,9 +17,11 @@ from torch import Tensor
 from espalier.data.loaders import Loader
 from espalier.errors import ConfigError
 from espalier.evaluation import prediction_files
-from espalier.evaluation.predictions import Predictions, collect, join
+from espalier.evaluation.predictions import collect
 from espalier.reporting import terminal
 from espalier.spec import DataSpec
+from espalier.targets.kind import TargetKind
+from espalier.targets.predictions import Predictions, join
 
 MANIFEST = "manifest.json"
 
@@ -48,9 +50,9 @@ class Shards:
         """Shards that are not there, or not whole."""
         return [start for start in self.starts if prediction_files.num_rows(self.path(start)) != self.rows_in(start)]
 
-    def score(self, *, is_regression: bool) -> dict[str, float]:
-        """Accuracy, or root mean square and mean absolute error, of all rows."""
-        return prediction_files.score([self.path(start) for start in self.starts], is_regression=is_regression)
+    def score(self, kind: TargetKind) -> dict[str, float]:
+        """Return metrics of all rows."""
+        return prediction_files.score([self.path(start) for start in self.starts], kind)
 
 
 def require_same(manifest: dict[str, Any], folder: Path) -> None:

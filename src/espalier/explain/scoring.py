@@ -39,7 +39,7 @@ def measure(name: str, model: nn.Module, shown: Shown, setting: Setting) -> tupl
     blank = quality.randomised(model, setting.seed)
     blank_maps, _ = attribute(name, blank, shown, compared, setting)
     metrics["sanity"] = fmean(map(quality.rank_correlation, maps_S[list(compared)], blank_maps))
-    if shown.has_classes:
+    if shown.kind.has_probabilities:
         metrics |= faithfulness(model, shown, maps_S, setting)
     return maps_S, {"name": name, "runtime": "torch", "metrics": metrics, "seconds_per_sample": median(seconds)}
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from espalier.config.hints import nearest
 from espalier.errors import ConfigError
-from espalier.evaluation.predictions import Predictions
 from espalier.spec import DataSpec
+from espalier.targets.kind import TargetKind
+from espalier.targets.kinds import kind_of
+from espalier.targets.predictions import Predictions
 
 FILE = "attributions.safetensors"
 MAX_CLASSES = 10  # shown where nobody named some
@@ -28,6 +30,7 @@ Order = Literal["confident", "unsure", "first"]
 class Shown:
     """The samples that are explained, by class and then as `choose` ordered them."""
 
+    kind: TargetKind  # what the answers mean
     x: Tensor  # (S, *shape), normalised
     raw: Tensor
     y: Tensor
@@ -38,11 +41,6 @@ class Shown:
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
-    def has_classes(self) -> bool:
-        """False for regression."""
-        return not self.y.is_floating_point()
-
     def save(self, maps: Mapping[str, Tensor], folder: Path) -> None:
         """Save samples, targets and maps as tensors in `FILE`, for whoever wants to go on with them."""
         tensors = {"x": self.x.cpu(), "y": self.y, "index": self.index, "target": self.target, "output": self.output}
@@ -51,9 +49,10 @@ class Shown:
 
     def describe(self, split: str, output: Output, baseline: str) -> str:
         """Return the first line below the table."""
-        what = {"predicted": "the predicted class", "label": "the true class"}[output]
-        what = what if self.has_classes else "the output"
-        return f"{len(self)} samples of the {split} split; explained: {what}; baseline: {baseline}; maps: {FILE}"
+        return (
+            f"{len(self)} samples of the {split} split; explained: {self.kind.named(output)}; baseline: {baseline}; "
+            f"maps: {FILE}"
+        )
 
 
 def class_numbers(spec: DataSpec, names: Sequence[str] | None) -> list[int]:
@@ -63,10 +62,10 @@ def class_numbers(spec: DataSpec, names: Sequence[str] | None) -> list[int]:
         ConfigError: there is no such class.
     """
     if names is None:
-        return list(range(min(spec.num_outputs, MAX_CLASSES)))
+        return list(range(min(len(kind_of(spec).groups), MAX_CLASSES)))
     key = f"task.classes=[{','.join(names)}]"
-    if not spec.num_classes or not names:
-        allowed = f"name some of the {spec.num_classes} classes" if spec.num_classes else "a regression has none"
+    if not spec.class_names or not names:
+        allowed = f"name some of the {len(spec.class_names)} classes" if spec.class_names else "a regression has none"
         raise ConfigError(f"{key}: {allowed}, or say null")
     for name in names:
         if name not in spec.class_names:
@@ -80,30 +79,16 @@ def select(found: Predictions, split: str, numbers: Sequence[int], num: int, ord
     Raises:
         ConfigError: the split holds no sample of any of these classes.
     """
-    spec = found.spec
-    if spec.num_classes:
-        confidence_N, is_wrong_N, class_N = found.confidence, found.predicted != found.y, found.y
-    else:
-        error_N = (found.predicted - found.y).abs()
-        class_N = torch.zeros(len(found), dtype=torch.long)
-        is_wrong_N = error_N > error_N.median()
-        confidence_N = torch.where(is_wrong_N, error_N, -error_N)  # the best of the good, the worst of the bad
-    members = {number: (class_N == number).nonzero().flatten() for number in numbers}
-    empty = [spec.class_names[number] for number, member_N in members.items() if not len(member_N)]
+    judged, groups = found.kind.judge(found.output, found.y), found.kind.groups
+    members = {number: (judged.group == number).nonzero().flatten() for number in numbers}
+    empty = [groups[number] for number, member_N in members.items() if not len(member_N)]
     if len(empty) == len(members):
         raise ConfigError(f"task.classes=[{','.join(empty)}]: the {split} split holds no sample; name other classes")
-    chosen = [choose(member_N, is_wrong_N, confidence_N, num, order) for member_N in members.values()]
+    chosen = [choose(member_N, judged.is_wrong, judged.confidence, num, order) for member_N in members.values()]
     notes = [f"no sample in the {split} split: {', '.join(empty)}"] if empty else []
-    if len(numbers) < spec.num_classes:
-        notes.append(f"{len(numbers)} of {spec.num_classes} classes; name others in task.classes")
+    if len(numbers) < len(groups):
+        notes.append(f"{len(numbers)} of {len(groups)} classes; name others in task.classes")
     return torch.tensor([place for places in chosen for place in places]), notes
-
-
-def targets(found: Predictions, output: Output) -> Tensor:
-    """Return the output of the network that is explained for each sample; a regression has one."""
-    if not found.spec.num_classes:
-        return torch.zeros(len(found), dtype=torch.long)
-    return found.y if output == "label" else found.predicted
 
 
 def choose(member_N: Tensor, is_wrong_N: Tensor, confidence_N: Tensor, num: int, order: Order) -> list[int]:

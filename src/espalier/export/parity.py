@@ -78,7 +78,7 @@ def compare(eager: Predict, exported: Predict, learner: Learner, samples: Sample
             ours_BK = eager(in_torch(raw.x)).float()
             theirs_BK = exported(torch.from_numpy(normalise(spec, raw.x.numpy()))).float()
             difference = torch.maximum(difference, (ours_BK - theirs_BK).abs().max())  # unlike max(), it keeps a NaN
-            num_same += int((ours_BK.argmax(1) == theirs_BK.argmax(1)).sum())
+            num_same += learner.kind.num_same(ours_BK, theirs_BK)
             num_samples += len(raw)
             for values, output_BK in zip(metrics, (ours_BK, theirs_BK), strict=True):
                 values.update(learner.predict(output_BK), raw.y)

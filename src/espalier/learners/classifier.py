@@ -8,13 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-)
+from torchmetrics import Metric, MetricCollection
 
 from espalier.config.ranges import Rate
 from espalier.data.loaders import Batch
@@ -22,13 +16,7 @@ from espalier.learners import own
 from espalier.learners.learner import Learner, Split
 from espalier.spec import DataSpec
 from espalier.strategies.collective import SumOverRanks
-
-
-class CrossEntropy(MeanMetric):
-    """Mean cross entropy of logits (B, K) and classes (B,), in nats."""
-
-    def update(self, logits_BK: Tensor, y_B: Tensor) -> None:  # type: ignore[override]
-        super().update(F.cross_entropy(logits_BK, y_B, reduction="none"))
+from espalier.targets.classes import Classes
 
 
 class Classifier(Learner):
@@ -41,9 +29,7 @@ class Classifier(Learner):
     `loss` takes the place of cross entropy: called with logits (B, K) and targets, it gives the mean over the batch.
     """
 
-    monitor = "val/accuracy"
-    mode = "max"
-    train_statistics = ("loss", "accuracy")
+    takes = Classes
 
     def __init__(
         self,
@@ -59,9 +45,6 @@ class Classifier(Learner):
         loss: nn.Module | None,
         metrics: Mapping[str, Metric] | None,
     ) -> None:
-        if not spec.num_classes:
-            raise ValueError(f"data {spec.name} has numbers as targets, not classes; use learner=regressor")
-        self.num_classes = spec.num_classes
         if loss is not None and (label_smoothing or class_weights is not None):
             raise ValueError(
                 "loss takes the place of cross entropy; set label_smoothing to 0 and class_weights to null"
@@ -95,27 +78,9 @@ class Classifier(Learner):
         weight_K = cast("Tensor | None", self.class_weights)
         return F.cross_entropy(output, y, weight_K, reduction=reduction, label_smoothing=self.label_smoothing)
 
-    def sums(self, output: Tensor, y: Tensor, loss: Tensor) -> Tensor:
-        y_B = y if y.ndim == 1 else y.argmax(1)
-        num_correct = (output.argmax(1) == y_B).sum()
-        samples = torch.full_like(loss, len(y), dtype=torch.float32)  # half precision counts to 256
-        return torch.stack((loss * samples, num_correct.to(torch.float32), samples))
-
-    def new_metrics(self, split: Split) -> MetricCollection:
-        metrics: dict[str, Metric | MetricCollection] = {
-            "loss": own.MeanLoss(self._own[0]) if self._own else CrossEntropy(),
-            "accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
-            "f1": MulticlassF1Score(self.num_classes, average="macro", validate_args=False),
-            "calibration_error": MulticlassCalibrationError(self.num_classes, n_bins=15, validate_args=False),
-        }
-        if self.num_classes > 5:
-            metrics["top5_accuracy"] = MulticlassAccuracy(
-                self.num_classes, average="micro", top_k=5, validate_args=False
-            )
-        if split == "test":
-            metrics["confusion_KK"] = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
-        metrics |= own.require_metrics(self.own_metrics, metrics)
-        return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
+    def usual_metrics(self, split: Split) -> dict[str, Metric | MetricCollection]:
+        metrics = super().usual_metrics(split)
+        return {**metrics, "loss": own.MeanLoss(self._own[0])} if self._own else metrics
 
 
 def _two_classes() -> Tensor:

@@ -16,11 +16,14 @@ from torchmetrics import Metric, MetricCollection
 
 from espalier.data.loaders import Batch
 from espalier.errors import ConfigError
+from espalier.learners import own
 from espalier.learners.exact_training import ExactTraining
 from espalier.learners.position import require_validation
 from espalier.optim.build import build_optimizer, build_scheduler
 from espalier.seeding import seed_step
 from espalier.spec import DataSpec
+from espalier.targets.kind import TargetKind
+from espalier.targets.kinds import kind_of
 
 Split = Literal["val", "test"]
 
@@ -32,9 +35,7 @@ class Learner(ExactTraining):
     cost more than the step of a small network (docs/benchmarks.md).
     """
 
-    monitor: ClassVar[str]  # the validation metric that decides which checkpoint is best
-    mode: ClassVar[Literal["min", "max"]]
-    train_statistics: ClassVar[tuple[str, ...]]  # names of the sums, each over the samples of an epoch
+    takes: ClassVar[type[TargetKind]]
 
     def __init__(
         self,
@@ -47,6 +48,12 @@ class Learner(ExactTraining):
         compile: bool,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
+        self.kind = kind_of(spec)
+        if not isinstance(self.kind, self.takes):
+            raise ValueError(
+                f"data {spec.name} has {self.kind.word} as targets, not {self.takes.word}; "
+                f"use learner={self.kind.learner}"
+            )
         super().__init__(len(self.train_statistics))
         self.own_metrics = dict(metrics or {})  # copied for each split
         self.model = model
@@ -61,21 +68,42 @@ class Learner(ExactTraining):
         self.example_input_array = torch.zeros(2, *spec.shape)
         self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
 
+    @property
+    def monitor(self) -> str:
+        """Return the validation metric that decides which checkpoint is best."""
+        return self.kind.monitor
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Say which value of `monitor` is best."""
+        return self.kind.mode
+
+    @property
+    def train_statistics(self) -> tuple[str, ...]:
+        """Return the names of `sums`, each over the samples of an epoch."""
+        return self.kind.statistics
+
     @abstractmethod
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean over the batch, scalar."""
+        """Return the mean over the batch, scalar."""
 
-    @abstractmethod
     def sums(self, output: Tensor, y: Tensor, loss: Tensor) -> Tensor:
-        """One number per name in `train_statistics`, summed over the batch, then the batch size; shape (S + 1,)."""
+        """Return one number per name in `train_statistics`, summed over the batch, then the batch size; (S + 1,)."""
+        return self.kind.sums(output, y, loss)
 
-    @abstractmethod
+    def usual_metrics(self, split: Split) -> dict[str, Metric | MetricCollection]:
+        """Return fresh metrics by name, without those that `learner.metrics` adds."""
+        return self.kind.metrics(split)
+
     def new_metrics(self, split: Split) -> MetricCollection:
-        """Fresh metrics, prefixed `split/`, to be updated with (output, y)."""
+        """Return fresh metrics, prefixed `split/`, to be updated with (`predict(output)`, y)."""
+        metrics = self.usual_metrics(split)
+        metrics |= own.require_metrics(self.own_metrics, metrics)
+        return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
 
     def predict(self, output: Tensor) -> Tensor:
         """Return what the metrics compare with y: the model's output in the unit of the target."""
-        return output
+        return self.kind.measured(output)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x

@@ -19,7 +19,6 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from espalier.reporting.figures import BLUE, GREY, ORANGE, STYLE, save
-from espalier.reporting.lettering import plain
 
 SIGNED = "RdBu"
 CELL = 1.45  # inches a side of a picture
@@ -27,7 +26,6 @@ LABEL = 1.75  # inches of the text before a row
 SMALL = 64  # pixels: a picture below is drawn pixel by pixel
 CLIP = 99.5  # percentile of absolute values at which the colour is full: one pixel must not pale a large map
 MAX_BARS = 12  # features of a table that are drawn
-MAX_LETTERS = 20  # of a class name in a label
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,6 @@ def bars(samples: Sequence[Explained], title: str, target: Path) -> None:
         remark = f"; {rest} features that matter less left out" if rest else ""
         figure.suptitle(f"{title}{remark}", x=0.01, ha="left", fontsize=12)
         save(figure, target)
-
-
-def short(name: str) -> str:
-    """Return a class name that fits a label."""
-    return plain(name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…")
 
 
 def _show_picture(axes: Axes, picture: NDArray[Any]) -> None:

@@ -22,6 +22,11 @@ def plain(name: str) -> str:
     return " ".join(name.split("\n"))
 
 
+def short(name: str, letters: int = 20) -> str:
+    """Return a name on one line, cut where it has more letters."""
+    return plain(name if len(name) <= letters else f"{name[: letters - 1]}…")
+
+
 @contextmanager
 def provided(figure: Figure) -> Iterator[None]:
     """While the figure is drawn, letters come from whichever installed font has them; what none has is said once."""

@@ -1,11 +1,14 @@
 """Files that appear whole or not at all, and their hashes."""
 
+import csv
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+SIGNIFICANT = ".6g"  # digits of a number in a CSV file
 
 
 @contextmanager
@@ -33,6 +36,15 @@ def write_text(target: Path, text: str) -> None:
     """Replace a file by this text, or leave it as it was; what UTF-8 has no bytes for is escaped."""
     with replaced(target) as draft:
         draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_csv(target: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table of words and numbers."""
+    with replaced(target) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow([format(cell, SIGNIFICANT) if isinstance(cell, float) else cell for cell in row])
 
 
 def draft_of(target: Path) -> Path:

@@ -249,14 +249,7 @@ class App:
         """
         if not row.is_finite:
             raise RequestError(422, "the network's output is not finite for this input; check the size of its numbers")
-        names = self.predictor.spec.class_names
-        if not names:
-            return {"value": row.values[0]}
-        return {
-            "label": names[row.best],
-            "probability": row.values[row.best],
-            "probabilities": dict(zip(names, row.values, strict=True)),
-        }
+        return self.predictor.kind.reply(row.values, row.best)
 
     def _picture(self, raw: Array) -> str | None:
         """Return what the network saw, as a PNG in base64; None where it is no picture."""

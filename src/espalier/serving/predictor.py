@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from espalier.errors import ConfigError
 from espalier.export import bundle, session
 from espalier.export.preprocess import normalise
-from espalier.serving.probabilities import of_logits
 from espalier.spec import DataSpec
+from espalier.targets.kinds import kind_of
 
 INPUT, OUTPUT = "input", "logits"  # tensors of every exported file
 FORMAT = "onnx"
@@ -49,6 +49,7 @@ class Predictor:
             )
         try:
             self.spec = self.bundle.spec
+            self.kind = kind_of(self.spec)
             self.public = {key: self.bundle.content.get(key) for key in PUBLIC}
             orjson.dumps(self.public)  # as every answer is written: no half characters, no endless numbers
             problem = _problem(self.spec)
@@ -79,7 +80,7 @@ class Predictor:
             logits_BK = np.concatenate([self._run(sample) for sample in np.split(x, len(x))])
         else:
             logits_BK = self._run(x)
-        return of_logits(self.spec, logits_BK)
+        return self.kind.answer(logits_BK)
 
     def _run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._session.run([OUTPUT], {INPUT: x}, self._running)[0]

@@ -11,7 +11,7 @@ from espalier.config.plugins import OneOf
 from espalier.config.ranges import Count, Positive
 from espalier.data.module import Split
 from espalier.errors import ConfigError
-from espalier.evaluation import attacks, error_figures, error_report, prediction_files
+from espalier.evaluation import attacks, prediction_files
 from espalier.evaluation import predictions as answers
 from espalier.evaluation import robustness as harms
 from espalier.evaluation.attacks import Loss
@@ -19,10 +19,11 @@ from espalier.evaluation.robustness import Harm
 from espalier.export import conclusions, deployed, formats, runtimes
 from espalier.export.deployed import Predict
 from espalier.export.runtimes import Row
-from espalier.reporting import terminal
+from espalier.reporting import error_figures, terminal
 from espalier.run import Run
 from espalier.spec import Report
 from espalier.strategies.collective import is_first_rank
+from espalier.targets.predictions import Predictions
 
 TORCH = "torch"
 Runtime = Annotated[str, OneOf(lambda: [TORCH, *formats.runnable()])]
@@ -54,7 +55,7 @@ def evaluate(
     row, predict = prepared(run, chosen, threads)
     found = answers.collect(predict, run.data.spec, run.data.loader(split, is_whole=True))
     row["metrics"] = metrics or score(run, split, found)
-    notes = list(error_report.describe(found, lambda index_B: run.data.raw(split, index_B).x, run.folder))
+    notes = list(found.kind.report_errors(found, lambda index_B: run.data.raw(split, index_B).x, run.folder))
     if chosen != TORCH:
         notes += conclusions.kept_in_float(chosen, conversion(run.sources[0].history))
     rows = [row]
@@ -65,8 +66,8 @@ def evaluate(
     if predictions:
         notes.append(f"predictions: {prediction_files.write(found, predictions, run.folder).name}")
     report = run.publish(rows, notes)
-    if found.spec.num_classes:
-        terminal.console().print(answers.class_table(answers.per_class(found)))
+    if table := found.kind.table(found):
+        terminal.console().print(table)
     return report
 
 
@@ -101,7 +102,7 @@ def prepared(run: Run, runtime: str, threads: Count) -> tuple[Row, Predict]:
     return {"name": run.cost(None)["name"], **row}, predict
 
 
-def score(run: Run, split: Split, found: answers.Predictions) -> dict[str, float]:
+def score(run: Run, split: Split, found: Predictions) -> dict[str, float]:
     """Return the learner's metrics of these answers; its tables are left where `run.publish` looks for them."""
     run.learner.measured["test"] = values = answers.score(found, run.learner)
     return {name.replace("test/", f"{split}/"): float(value) for name, value in values.items() if value.ndim == 0}

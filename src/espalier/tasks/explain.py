@@ -17,7 +17,7 @@ from espalier.errors import ConfigError
 from espalier.evaluation.predictions import collect
 from espalier.explain import base, conclusions, drawing, scoring
 from espalier.explain.base import Setting
-from espalier.explain.selection import Order, Output, Shown, class_numbers, select, targets
+from espalier.explain.selection import Order, Output, Shown, class_numbers, select
 from espalier.reporting.report import duration
 from espalier.run import Run
 from espalier.spec import Report
@@ -69,9 +69,9 @@ def explain(
     run.record()
     maps, rows = measure(run, model, shown, settings)
     shown.save(maps, run.folder)
-    drawing.draw(spec, run.learner.predict(shown.output), shown, maps, split, run.folder / "figures")
+    drawing.draw(spec, shown, maps, split, run.folder / "figures")
     notes = [shown.describe(split, output, baseline), *unshown, *left_out, *conclusions.untrustworthy(rows)]
-    if shown.has_classes:
+    if shown.kind.has_probabilities:
         areas = scoring.random_order(model, shown, setting)
         notes.append("in random order: " + ", ".join(f"{name} {area:.4f}" for name, area in areas.items()))
     return run.publish(rows, [*notes, *conclusions.caveats(spec, run.history)])
@@ -86,7 +86,8 @@ def look_at(
     index_S, notes = select(found, split, numbers, samples, order)
     raw = run.data.raw(split, index_S)
     x = Normalise(spec, torch.device("cpu"))(raw.x).to(device)
-    return Shown(x, raw.x, raw.y, index_S, targets(found, output)[index_S], found.output[index_S]), notes
+    explained_N = found.kind.explained(found.output, found.y, output)
+    return Shown(found.kind, x, raw.x, raw.y, index_S, explained_N[index_S], found.output[index_S]), notes
 
 
 def measure(

@@ -11,7 +11,6 @@ from espalier.config.ranges import Count
 from espalier.data.module import Split
 from espalier.errors import ConfigError
 from espalier.evaluation import prediction_files
-from espalier.evaluation.predictions import columns
 from espalier.evaluation.shards import MANIFEST, Shards, answered, progress, require_same
 from espalier.export import formats, runtimes
 from espalier.export.bundle import FILE
@@ -19,6 +18,7 @@ from espalier.run import Run
 from espalier.runs.files import sha256
 from espalier.runs.run_folder import NOT_THE_DATA
 from espalier.spec import Report
+from espalier.targets.kinds import kind_of
 
 FOLDER = "predictions"  # in the run folder
 
@@ -50,11 +50,11 @@ def predict(
     opened, begun = partial(run.data.loader, split, is_whole=True), perf_counter()
     with progress(shards.num_rows, done=shards.num_rows - num_new) as advance:
         for start, found in answered(session, run.data.spec, opened, missing, shard_size):
-            prediction_files.write_parquet(shards.path(start), columns(found, probabilities))
+            prediction_files.write_parquet(shards.path(start), found.columns(is_full=probabilities))
             advance(len(found))
     seconds = perf_counter() - begun
 
-    scores = shards.score(is_regression=not run.data.spec.num_classes)
+    scores = shards.score(kind_of(run.data.spec))
     row |= {"metrics": {f"{split}/{name}": value for name, value in scores.items()}, "rows": shards.num_rows}
     if missing:
         row |= {"seconds": seconds, "samples_per_second": num_new / seconds}

@@ -6,7 +6,7 @@ Drawn as those in `figures.py`. Letters: N samples, K bins, E errors.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 import torch
@@ -14,14 +14,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from espalier.evaluation.predictions import Calibration
 from espalier.reporting import report
 from espalier.reporting.figures import ARTIFACTS, BLUE, GREY, MAX_POINTS, ORANGE, STYLE, save
-from espalier.reporting.lettering import plain
+from espalier.reporting.lettering import short
 
 ERROR_COLUMNS = 6  # pictures in a row
 MAX_ERRORS = 24
 SHORT_NAME = 12  # letters of a class name below a picture; the rest would run into the next one
+
+
+class Calibration(Protocol):
+    """What `targets.metrics.calibration` finds; each of shape (K,), `error` scalar."""
+
+    @property
+    def count(self) -> Tensor: ...
+    @property
+    def confidence(self) -> Tensor: ...
+    @property
+    def accuracy(self) -> Tensor: ...
+    @property
+    def error(self) -> Tensor: ...
 
 
 def reliability(found: Calibration, target: Path) -> None:
@@ -40,7 +52,7 @@ def reliability(found: Calibration, target: Path) -> None:
         upper.hlines(found.confidence, left_K, right_K, color=ORANGE, linewidth=3, label="mean probability")
         upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
         upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-        upper.set_title(f"calibration error {found.error:.4f} over {int(found.count.sum()):,} samples")
+        upper.set_title(f"calibration error {float(found.error):.4f} over {int(found.count.sum()):,} samples")
         upper.legend(loc="upper left", fontsize=9)
         lower.bar(left_K, found.count, color=GREY, **bar)
         lower.set_yscale("symlog", linthresh=1)  # a good network puts nearly all samples into the last bin
@@ -64,7 +76,9 @@ def errors(
         ):
             picture_HWC = x_CHW.clamp(0, 1).movedim(0, -1)
             axes.imshow(picture_HWC.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(f"is {_short(is_class)}\nsaid {_short(said_class)}, {confidence:.0%}", fontsize=8)
+            axes.set_title(
+                f"is {short(is_class, SHORT_NAME)}\nsaid {short(said_class, SHORT_NAME)}, {confidence:.0%}", fontsize=8
+            )
         figure.suptitle(f"most confident errors: {len(true)}", x=0.02, ha="left", fontsize=12)
         save(figure, target)
 
@@ -103,7 +117,3 @@ def robustness(clean: float, harmed: Mapping[str, Sequence[float]], metric: str,
             axes.set_ylim(0, 1.02)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
         save(figure, target)
-
-
-def _short(name: str) -> str:
-    return plain(name if len(name) <= SHORT_NAME else f"{name[: SHORT_NAME - 1]}…")
