@@ -176,7 +176,7 @@ def test_the_search_for_commands_and_files_finds_them():
     assert any("source=" in words for words in COMMANDS)
     assert any("resume=" in words for words in COMMANDS)
     assert len(REFUSED) >= 3
-    assert len([path for path in FILES if path.endswith(".py")]) == 9
+    assert len([path for path in FILES if path.endswith(".py")]) == 10
     assert len([path for path in FILES if path.endswith(".yaml")]) == 8
 
 

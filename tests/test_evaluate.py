@@ -11,8 +11,10 @@ import torch
 from sklearn.metrics import accuracy_score
 
 from conftest import Command, Outcome, command
+from espalier import robustness
 from espalier.data.synthetic_images import SyntheticImages
 from espalier.export import onnx
+from espalier.robustness import base
 
 QUIET = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
 DIGITS = ("model=mlp", "model.hidden=[32]", "trainer.max_epochs=6")
@@ -238,3 +240,15 @@ def test_a_wrong_wish_ends_in_one_line_and_leaves_nothing(
     assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
     assert advice in done.err
     assert not list(done.folder.glob("logs/*/*"))
+
+
+def test_a_corruption_that_lacks_a_part_ends_in_one_line_that_names_it(
+    espalier: Command, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    contract = f"from {base.__name__} import Corruption\n\n\nclass Half(Corruption):\n    applies_to = ('images',)\n"
+    (tmp_path / "half.py").write_text(contract)
+    monkeypatch.setattr(robustness, "__path__", [*robustness.__path__, str(tmp_path)])
+    done = espalier("evaluate", f"source={digits}", "task.robustness=[half]", *QUIET)
+    [line] = done.err.splitlines()
+    assert done.code == 2
+    assert line.endswith("robustness.half.Half has no corrupt; see docs/evaluation.md")

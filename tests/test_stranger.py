@@ -1,7 +1,7 @@
 """The path of a stranger: one new thing of each kind in a copy of the project, and no other file touched.
 
 What the documentation shows is added as it stands there; the learner and the callback are written here. All of it runs
-in one process, whose ten seconds are five commands and the contract tests of what is new.
+in one process, whose ten seconds are six commands and the contract tests of what is new.
 """
 
 import os
@@ -110,7 +110,7 @@ for words in Path("commands.txt").read_text().splitlines():
 if sys.argv[1]:
     sys.exit(pytest.main(["tests/contract", "-vv", "-p", "no:cacheprovider", "-k", sys.argv[1]]))
 """
-REPORTED = ("compress", "explain", "export", "describe")
+REPORTED = ("compress", "explain", "export", "evaluate", "describe")
 QUICK = "logger=[csv]"
 COMMANDS = (
     "train data=wine model=linear learner=margin callbacks=[checkpoint,odometer] trainer.max_epochs=8 "
@@ -118,6 +118,7 @@ COMMANDS = (
     f"compress source=FIRST compression=[powers_of_two] task.scan=false task.batches=[1] {QUICK}",
     f"explain source=FIRST task.method=[gradient_times_input] task.samples=2 {QUICK}",
     f"export source=FIRST task.format=[onnx_reference] {QUICK}",
+    f"evaluate source=FIRST task.robustness=[missing] {QUICK}",
     f"describe source=FIRST task.note=seen {QUICK}",
 )
 
@@ -172,7 +173,7 @@ def run(folder: Path, commands: Sequence[str], chosen: str = "") -> subprocess.C
 def said(extended: Path) -> str:
     """What the copy prints while everything new runs."""
     commands = [words.replace("FIRST", str(extended / "logs" / "train" / "first")) for words in COMMANDS]
-    chosen = "(powers_of_two and (linear or option)) or gradient_times_input or onnx_reference"
+    chosen = "(powers_of_two and (linear or option)) or gradient_times_input or onnx_reference or missing"
     done = run(extended, commands, chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -189,6 +190,9 @@ def test_one_new_thing_of_each_kind_runs(extended: Path, said: str):
     [exported] = found["export"].rows
     assert (exported["name"], exported["runtime"]) == ("onnx_reference", "onnx_reference")
     assert exported["metrics"]["same label"] == 1
+    harmed, unharmed = found["evaluate"].rows
+    assert harmed["name"] == "missing"
+    assert harmed["metrics"]["test/severity 5"] < unharmed["metrics"]["test/accuracy"]
     assert found["describe"].notes == ["seen"]
 
 
@@ -200,7 +204,8 @@ def test_no_other_file_is_touched(extended: Path, before: dict[Path, str]):
 
 
 def test_the_new_things_keep_the_contracts_without_a_word_about_them_in_the_tests(said: str):
-    for name in ("powers_of_two", "powers_of_two-linear", "gradient_times_input", "onnx_reference-mlp"):
+    named = ("powers_of_two", "powers_of_two-linear", "gradient_times_input", "onnx_reference-mlp", "missing-images")
+    for name in named:
         assert re.search(rf"tests/contract/.*\[{name}\] PASSED", said), name
     assert "FAILED" not in said
 

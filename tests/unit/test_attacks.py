@@ -1,14 +1,18 @@
 """Attacks where the worst change within reach is known on paper."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.data.loaders import Batch
-from espalier.evaluation import attacks
-from espalier.evaluation.attacks import fgsm, pgd
-from espalier.evaluation.robustness import harmed
+from espalier.robustness.base import Setting
+from espalier.robustness.curves import harmed
+from espalier.robustness.fgsm import fgsm
+from espalier.robustness.pgd import STEPS, STRIDE, pgd
 from espalier.spec import DataSpec
 
 ANYWHERE = (-float("inf"), float("inf"))
@@ -47,16 +51,16 @@ def test_many_steps_find_a_maximum_that_one_step_jumps_over():
     zeros = torch.zeros(4, 3)
     one = fgsm(peak, zeros, Y_B, 0.5, ANYWHERE)
     many = pgd(peak, zeros, Y_B, 0.5, ANYWHERE, seed=0, index_B=torch.arange(4))
-    stride = attacks.PGD_STRIDE * 0.5 / attacks.PGD_STEPS
+    stride = STRIDE * 0.5 / STEPS
     assert torch.equal(one, torch.full_like(zeros, 0.5))
     assert (many - 0.05).abs().max() <= stride
 
 
-@pytest.mark.parametrize("name", attacks.NAMES)
-def test_no_value_leaves_its_range_or_moves_further_than_epsilon(name: str):
+@pytest.mark.parametrize("attack", [fgsm, partial(pgd, seed=0, index_B=torch.arange(4))], ids=["fgsm", "pgd"])
+def test_no_value_leaves_its_range_or_moves_further_than_epsilon(attack: Callable[..., Tensor]):
     x = torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
     x[0, 0], x[1, 1] = 0.0, 1.0
-    moved = attacks.attack(name, logistic, x, Y_B, 0.2, (0.0, 1.0), 0, torch.arange(4))
+    moved = attack(logistic, x, Y_B, 0.2, (0.0, 1.0))
     assert (moved - x).abs().max() <= 0.2 + 1e-6
     assert moved.min() >= 0
     assert moved.max() <= 1
@@ -76,8 +80,10 @@ def test_the_random_start_follows_from_seed_and_sample_alone():
 
 
 def test_severities_are_one_to_sixteen_levels_of_eight_bits():
-    found = [255 * attacks.epsilon(attacks.PIXEL_EPSILON, severity) for severity in (1, 2, 3, 4, 5)]
+    found = [255 * Setting("images", 0).epsilon(severity) for severity in (1, 2, 3, 4, 5)]
     assert found == pytest.approx([1, 2, 4, 8, 16])
+    assert Setting("tables", 0).epsilon(4) == 0.25
+    assert Setting("tables", 0, largest=0.2).epsilon(4) == 0.1
 
 
 def test_an_attack_on_normalised_images_moves_pixels_by_epsilon():

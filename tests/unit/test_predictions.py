@@ -17,7 +17,7 @@ from espalier.evaluation import prediction_files
 from espalier.evaluation.predictions import collect
 from espalier.runs import files
 from espalier.spec import DataSpec
-from espalier.targets.class_report import class_table, confidence, confident_errors, per_class, worst, write_classes
+from espalier.targets.class_report import class_table, confident_errors, per_class, worst
 from espalier.targets.metrics import NUM_BINS, CalibrationError, calibration
 from espalier.targets.predictions import Predictions, join
 

@@ -26,7 +26,10 @@ def test_every_kind_keeps_the_contract():
     assert {type(kind_of(spec)) for spec in (CLASSES, NUMBER)} == set(kinds)
     for kind in kinds:
         assert not kind.__abstractmethods__
-        assert kind.word and kind.learner and kind.monitor and kind.statistics
+        assert kind.word
+        assert kind.learner
+        assert kind.monitor
+        assert kind.statistics
 
 
 @BOTH

@@ -10,9 +10,9 @@ from torch import nn
 
 from espalier.callbacks import summary
 from espalier.errors import ConfigError
+from espalier.reporting import report, terminal
 from espalier.targets import class_report
 from espalier.targets.class_report import ClassScore
-from espalier.reporting import report, terminal
 
 MARKUP = "[/x] [red]y[/red] :bug:"
 COMMANDS = "a\x1b]0;title\x07b\x9b2Jc\u202ed"

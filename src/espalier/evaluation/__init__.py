@@ -1,1 +1,1 @@
-"""What a trained network answers, and how it fails: predictions, errors, corruptions, attacks."""
+"""What a trained network answers, and how it fails: predictions and errors."""

@@ -11,15 +11,15 @@ from espalier.config.plugins import OneOf
 from espalier.config.ranges import Count, Positive
 from espalier.data.module import Split
 from espalier.errors import ConfigError
-from espalier.evaluation import attacks, prediction_files
+from espalier.evaluation import prediction_files
 from espalier.evaluation import predictions as answers
-from espalier.evaluation import robustness as harms
-from espalier.evaluation.attacks import Loss
-from espalier.evaluation.robustness import Harm
 from espalier.export import conclusions, deployed, formats, runtimes
 from espalier.export.deployed import Predict
 from espalier.export.runtimes import Row
 from espalier.reporting import error_figures, terminal
+from espalier.robustness import base as harms
+from espalier.robustness import curves
+from espalier.robustness.base import Loss
 from espalier.run import Run
 from espalier.spec import Report
 from espalier.strategies.collective import is_first_rank
@@ -33,7 +33,7 @@ def evaluate(
     run: Run,
     split: Split,
     runtime: Runtime | None,
-    robustness: Sequence[Harm],
+    robustness: Sequence[harms.Name],
     epsilon: Positive | None,
     predictions: Literal["csv", "parquet"] | None,
     threads: Count,
@@ -71,12 +71,12 @@ def evaluate(
     return report
 
 
-def checked_runtime(run: Run, runtime: str | None, names: Sequence[Harm]) -> str:
+def checked_runtime(run: Run, runtime: str | None, names: Sequence[str]) -> str:
     """Where the network shall run, once nothing stands against it."""
     if not run.sources:
         raise ConfigError("source=null: evaluate needs the RUN or the bundle to measure; try source=latest")
     harms.require_applicable("task.robustness", names, run.sources[0].spec)
-    attacking = [name for name in names if name in attacks.NAMES]
+    attacking = harms.attacks(names)
     if run.bundle is not None and attacking:
         raise ConfigError(
             f"task.robustness=[{','.join(attacking)}]: an attack follows the gradient of the network in torch, which a "
@@ -109,28 +109,28 @@ def score(run: Run, split: Split, found: Predictions) -> dict[str, float]:
 
 
 def harm(
-    run: Run, split: Split, runtime: str, predict: Predict, names: Sequence[Harm], epsilon: float | None, clean: Row
+    run: Run, split: Split, runtime: str, predict: Predict, names: Sequence[str], epsilon: float | None, clean: Row
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return a row per kind of harm, what they say and how the attacks knew what to do; and all of them as a figure."""
     metric, spec = run.learner.monitor.partition("/")[2], run.data.spec
-    is_attacked = bool(set(names) & set(attacks.NAMES))
+    is_attacked = bool(harms.attacks(names))
     loss = loss_in_torch(run) if is_attacked else None
     batches = run.data.loader(split, is_whole=True)
-    curves: dict[str, list[float]] = {}
+    measured: dict[str, list[float]] = {}
     for name in names:
         run.say(f"robustness: {name}")
-        curves[name] = [
+        measured[name] = [
             deployed.score(predict, run.learner, harmed)[f"test/{metric}"]
-            for harmed in harms.severities(batches, name, spec, run.cfg.seed, epsilon, loss)
+            for harmed in curves.severities(batches, name, spec, run.cfg.seed, epsilon, loss)
         ]
     unharmed = clean["metrics"][f"{split}/{metric}"]
-    error_figures.robustness(unharmed, curves, metric, run.folder / "figures" / "robustness.png")
-    notes = [harms.summary(curves, f"{split}/{metric}", unharmed, run.learner.mode)]
+    error_figures.robustness(unharmed, measured, metric, run.folder / "figures" / "robustness.png")
+    notes = [curves.summary(measured, f"{split}/{metric}", unharmed, run.learner.mode)]
     if is_attacked and is_quantized(run.sources[0].history):
         notes.append("attacks are transferred: they follow the gradient of the float network, as rounding has none")
     elif is_attacked and runtime != TORCH:
         notes.append("attacks follow the gradient of the network in torch")
-    return harms.rows(curves, split, clean["runtime"]), notes
+    return curves.rows(measured, split, clean["runtime"]), notes
 
 
 def loss_in_torch(run: Run) -> Loss:

@@ -1,0 +1,1 @@
+"""Ways to make samples worse, one per file: corruptions by chance and attacks on purpose."""
