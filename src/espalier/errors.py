@@ -1,4 +1,4 @@
-"""The ways a run can end badly, each with the exit code that a shell or a scheduler sees."""
+"""Errors that end a run, each with the exit code that a shell or a scheduler sees."""
 
 import re
 from importlib import import_module
@@ -25,19 +25,19 @@ class ConfigError(EspalierError):
 
 
 class DivergedError(EspalierError):
-    """A training whose loss or gradient is not finite; the weights in its checkpoints are."""
+    """A training whose loss or gradient is not finite; the weights in its checkpoints are finite."""
 
     exit_code = 4
 
 
 class StoppedError(EspalierError):
-    """A training that was asked to stop, and has saved what it had; `EX_TEMPFAIL` of sysexits.h: try again later."""
+    """A training that was stopped from outside and has saved its state; EX_TEMPFAIL of sysexits.h: try again later."""
 
     exit_code = 75
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package.
+    """Import an optional package and return it.
 
     Raises:
         ConfigError: it is not installed; the message names the extra that brings it.

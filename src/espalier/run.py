@@ -31,7 +31,7 @@ class Run(Parts):
 
     @property
     def has_trained(self) -> bool:
-        """Whether it has taken a step, or goes on from one."""
+        """Return whether the run has taken a step, or resumes after one."""
         return "trainer" in self.__dict__ and self.trainer.global_step > 0
 
     def perform(self) -> float | None:
@@ -89,19 +89,19 @@ class Run(Parts):
         return weights
 
     def measure(self, split: Literal["train", "val", "test"], weights: Path | None = None) -> dict[str, float]:
-        """Metrics of a whole split, named `split/...`, with the given checkpoint's weights or the present ones."""
+        """Return the metrics of a whole split, named `split/...`, with a checkpoint's weights or the present ones."""
         self.data.tested_split = split
         [values] = self.trainer.test(self.learner, self.data, ckpt_path=weights, verbose=False)
         return {name.replace("test/", f"{split}/"): value for name, value in values.items()}
 
     @property
     def best_score(self) -> float | None:
-        """The monitored metric of the best checkpoint; None where nothing was saved."""
+        """Return the monitored metric of the best checkpoint, or None if nothing was saved."""
         return trainer.best_score(self.trainer)
 
     @property
     def monitored(self) -> dict[str, Any] | None:
-        """The metric that the best checkpoint was chosen by, its direction and value; None where nothing was saved."""
+        """Return name, direction and value of the metric that the best checkpoint was chosen by, or None."""
         return trainer.monitored(self.trainer)
 
     def cost(self, weights: Path | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ BITS_64 = (1 << 64) - 1
 
 
 def key(*parts: int) -> int:
-    """One well-mixed integer in [0, 2**63) for a sequence of integers; order matters."""
+    """Return one well-mixed integer in [0, 2**63) for a sequence of integers; order matters."""
     mixed = 0
     for part in parts:
         mixed = (mixed + GOLDEN + (part & BITS_64)) & BITS_64
@@ -31,7 +31,7 @@ def generator(*parts: int) -> torch.Generator:
 
 
 def uniform(seed: int, epoch: int, index_B: Tensor, num: int, stream: int) -> Tensor:
-    """`num` numbers in [0, 1) for each sample, shape (B, num), float32 on the device of `index_B`.
+    """Return `num` numbers in [0, 1) for each sample, shape (B, num), float32 on the device of `index_B`.
 
     A number depends on (seed, epoch, sample index, its column, stream) alone: not on the batch around the sample.
     `stream` keeps two users apart; give each augmentation its own.
@@ -51,7 +51,7 @@ def seed_step(seed: int, epoch: int, batch: int, rank: int) -> None:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """SplitMix64's finalizer on int64; torch shifts keep the sign, so the sign bits are masked away."""
+    """Apply SplitMix64's finalizer to int64; torch shifts keep the sign, so the sign bits are masked away."""
     bits = (bits ^ ((bits >> 30) & (BITS_64 >> 30))) * _signed(MIX_1)
     bits = (bits ^ ((bits >> 27) & (BITS_64 >> 27))) * _signed(MIX_2)
     return bits ^ ((bits >> 31) & (BITS_64 >> 31))

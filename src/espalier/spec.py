@@ -33,24 +33,24 @@ class DataSpec:
 
     @property
     def num_classes(self) -> int:
-        """0 for regression."""
+        """Return the number of classes; 0 for regression."""
         return len(self.class_names)
 
     @property
     def num_outputs(self) -> int:
-        """Width of the model's last layer: one logit per class, or one number for regression."""
+        """Return the width of the model's last layer: one logit per class, or one number for regression."""
         return self.num_classes or 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, as checkpoints and bundles store it."""
+        """Return plain types only, as checkpoints and bundles store them."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "DataSpec":
-        """Inverse of `to_dict`.
+        """Return the spec of which `to_dict` made `stored`.
 
         Raises:
-            ValueError: something is missing, unknown, or of another type.
+            ValueError: an entry is missing, unknown, or of another type.
         """
         if not isinstance(stored, Mapping):
             raise ValueError("spec: no dictionary")
@@ -96,5 +96,5 @@ class Report:
     schema: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, `schema` first."""
+        """Return plain types only, `schema` first."""
         return {"schema": self.schema, **{key: value for key, value in asdict(self).items() if key != "schema"}}

@@ -1,4 +1,4 @@
-"""From a composed configuration to a `Run`: what other runs decide is settled, what can be checked is checked.
+"""Turn a composed configuration into a `Run`: take over what other runs decide, and check all that can be checked.
 
 Nothing is built here, so a mistake costs one line and no time.
 """
@@ -77,10 +77,10 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
 
 
 def _keep_global_batch(cfg: DictConfig, resumed: Checkpoint, task: str) -> DictConfig:
-    """Return `cfg` with the batches that take the steps of the run on the devices that it has now.
+    """Return `cfg` with the batch size and accumulation that keep the steps of the resumed run on the present devices.
 
     Raises:
-        ConfigError: none do, or the weights are spread over the devices in another way.
+        ConfigError: there are none, or the weights are spread over the devices in another way.
     """
     if _splits_weights(cfg.trainer.strategy) != _splits_weights(OmegaConf.create(resumed.config).trainer.strategy):
         raise ConfigError("strategy: a resumed run keeps whole weights whole, and sharded ones sharded; use its own")
@@ -127,7 +127,7 @@ def _check_combination(cfg: DictConfig, task: str) -> None:
 
 
 def _check_position(trainer: DictConfig, resumed: Checkpoint) -> None:
-    """Raise `ConfigError` if nothing can go on from there, or less is asked for than was done."""
+    """Raise `ConfigError` if the checkpoint cannot be resumed, or fewer epochs or steps are asked for than are done."""
     run = RunFolder.of(resumed.path).path
     if resumed.content.get("is_between_steps") is False:
         raise ConfigError(
@@ -150,7 +150,7 @@ def _check_position(trainer: DictConfig, resumed: Checkpoint) -> None:
 
 
 def _source(reference: str, task: str) -> Checkpoint | Bundle:
-    """Return what a RUN stands for: its exported bundle where it holds one, else its checkpoint."""
+    """Return the exported bundle that a RUN holds, else its checkpoint."""
     path = references.find("source", reference)
     exported = references.bundle_in(path)
     if exported is None and task in run_folder.TAKES_BUNDLE:
@@ -173,7 +173,7 @@ def _source(reference: str, task: str) -> Checkpoint | Bundle:
 
 
 def _methods(recipe: DictConfig) -> list[str]:
-    """Return the file of each method; its key may have any name."""
+    """Return the name of each method's file; its key in the configuration may differ."""
     return [str(node._target_).split(".")[-2] for node in recipe.values()]
 
 
@@ -182,7 +182,7 @@ def _splits_weights(strategy: Any) -> bool:
 
 
 def _check_devices(trainer: DictConfig) -> None:
-    """Refuse what this machine does not have, and what would lose results, before Lightning starts processes."""
+    """Raise `ConfigError`, before Lightning starts processes, for devices that are missing or would lose results."""
     if str(trainer.strategy).startswith(FORKING):
         raise ConfigError(
             f"trainer.strategy={trainer.strategy}: its processes keep what they measure; use strategy=ddp or ddp_cpu"
@@ -208,10 +208,10 @@ def _is_on_gpu(trainer: DictConfig) -> bool:
 
 
 def num_processes(run: Run) -> int:
-    """Return how many the task takes on this machine; 1 where starting them is somebody else's business.
+    """Return how many processes the task starts on this machine; 1 if a launcher starts them.
 
     Raises:
-        ConfigError: `trainer.devices` says nothing that can be counted, or the launcher has counted otherwise.
+        ConfigError: `trainer.devices` is no number of devices, or contradicts the launcher.
     """
     trainer, launcher = run.cfg.trainer, launchers.find()
     num_devices = count_devices(trainer, run.task)
@@ -225,10 +225,10 @@ def num_processes(run: Run) -> int:
 
 
 def count_devices(trainer: DictConfig, task: str) -> int:
-    """Return how many devices of one machine the task takes.
+    """Return how many devices of one machine the task uses.
 
     Raises:
-        ConfigError: `trainer.devices` says nothing that can be counted.
+        ConfigError: `trainer.devices` is no number of devices.
     """
     if task not in SPREAD or trainer.accelerator not in (*GPU, "cpu", "auto"):
         return 1
@@ -244,7 +244,7 @@ def count_devices(trainer: DictConfig, task: str) -> int:
 
 
 def check_trial(trainer: DictConfig, task: str) -> None:
-    """Raise `ConfigError` if a trial of a sweep takes processes that nobody has started."""
+    """Raise `ConfigError` if a trial of a sweep needs several processes, which only a launcher could start."""
     count = count_devices(trainer, task) * (trainer.num_nodes if task in SPREAD else 1)
     if count > 1 and launchers.find() is None:
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""The Python interface: load what was trained or exported, let it answer, train (docs/python.md)."""
+"""The Python interface: load a trained or exported network, get its predictions, train (docs/python.md)."""

@@ -1,4 +1,4 @@
-"""What `predict` returns. Letters: N samples, K classes."""
+"""The result of `predict`. Letters: N samples, K classes."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""`espalier.load`: a trained run with torch, or a bundle without it, behind one face. Letters: B batch, N samples."""
+"""`espalier.load`: one interface to a trained run (with torch) and to a bundle (without).
+
+Letters: B batch, N samples.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +31,7 @@ Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # raw (B, *shape
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A network that answers, and what is known about it."""
+    """A network that predicts, with its classes, sizes and history."""
 
     path: Path  # the checkpoint file, or the folder of the bundle
     spec: DataSpec = field(repr=False)  # shape, classes and preprocessing
@@ -39,20 +42,20 @@ class Loaded:
 
     @property
     def model(self) -> "nn.Module":
-        """The network in torch, on the CPU and in evaluation mode; it takes normalised input.
+        """Return the torch network, on the CPU and in evaluation mode; it takes normalised input.
 
         Raises:
-            ConfigError: this is a bundle.
+            ConfigError: a bundle was loaded, which has no torch network.
         """
         if self.module is None:
             raise ConfigError(f"{self.path}: a bundle holds no torch module; load the RUN that was exported for .model")
         return self.module
 
     def predict(self, given: Given) -> Answers:
-        """Answer raw samples: one or many, as an array, pictures, or paths of pictures or of a CSV file.
+        """Return the answers for raw samples: an array, pictures, or paths of pictures or of a CSV file; one or many.
 
         Raises:
-            ConfigError: they do not fit the network, or cannot be read.
+            ConfigError: the samples do not fit the network, or cannot be read.
             EspalierError: an output is not finite.
         """
         raw = raw_samples(self.spec, given)
@@ -64,7 +67,7 @@ def load(run: str | os.PathLike[str]) -> Loaded:
     """Load a run folder, a checkpoint file, `latest`, or the folder of a bundle, which needs no torch.
 
     Raises:
-        ConfigError: there is none, or it is damaged or not to be trusted.
+        ConfigError: there is no such run, or its file is damaged or not to be trusted.
     """
     path = references.find("source", os.fspath(run))
     bundle = references.bundle_in(path)
@@ -106,7 +109,7 @@ def _of_checkpoint(path: Path) -> Loaded:
 
 
 def _measured(file: Path) -> dict[str, float]:
-    """Return what the report of a run says of this checkpoint; nothing where it measured another or there is none."""
+    """Return the metrics of this checkpoint from its run's report; empty if there is none, or it measured another."""
     folder = RunFolder.of(file).path
     try:
         is_measured = references.checkpoint_in("source", folder, run_folder.EVALUATED).samefile(file)
@@ -117,7 +120,7 @@ def _measured(file: Path) -> dict[str, float]:
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the metrics of the only row; JSON has null where a number was not finite."""
+    """Return the metrics of the only row, without those that were not finite (null in JSON)."""
     return {
         name: float("nan") if value is None else float(value)
         for row in rows

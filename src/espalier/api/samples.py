@@ -1,4 +1,4 @@
-"""What a user hands to `predict`, as raw samples: arrays, pictures, paths. numpy and Pillow alone.
+"""Turn what a user hands to `predict` into raw samples: arrays, pictures, paths. Needs numpy and Pillow alone.
 
 Letters: N samples.
 """
@@ -26,10 +26,10 @@ NUMBERS = "iuf"  # kinds of numpy: no truth values, no texts, no objects
 
 
 def raw_samples(spec: DataSpec, given: Given) -> Raw:
-    """Return raw samples (N, *shape) of an array, of pictures, or of paths; of one, N is 1.
+    """Return raw samples (N, *shape) of an array, of pictures, or of paths; a single one gives N = 1.
 
     Raises:
-        ConfigError: they are something else, of another shape, not finite, or there are none.
+        ConfigError: there is no sample, or one is of another type or shape, or not finite.
     """
     if isinstance(given, ITEMS):
         return _of_item(spec, given)
@@ -86,7 +86,7 @@ def _checked(spec: DataSpec, array: NDArray[Any], what: str) -> Raw:
 
 
 def _of_csv(path: Path) -> NDArray[np.float64]:
-    """Return the rows of a file, numbers between commas; a first line without a single number names the columns.
+    """Return the rows of a file of numbers between commas; a first line without any number names the columns.
 
     Raises:
         ConfigError: a cell is no number, or the rows have different lengths.

@@ -8,11 +8,11 @@ from espalier.errors import ConfigError
 def train(*words: str) -> Loaded:
     """Train as `espalier train WORDS` does, below `logs/` of the current folder, and load the run.
 
-    Ctrl-C stops after the step that is under way, and raises; before and after the training it is Python's own.
+    Ctrl-C during the training stops it after the present step, and raises; before and after it works as always.
 
     Raises:
         ConfigError: the words describe no training.
-        EspalierError: it failed, diverged (`DivergedError`) or was stopped (`StoppedError`).
+        EspalierError: the training failed, diverged (`DivergedError`) or was stopped (`StoppedError`).
     """
     for word in words:
         _require_override(word)

@@ -1,1 +1,1 @@
-"""Everything that only watches or guards a run: Lightning callbacks."""
+"""Lightning callbacks that watch a training, save checkpoints or average weights, without changing the training."""

@@ -22,16 +22,17 @@ log = logging.getLogger(__name__)
 
 
 class BestAndLast(ModelCheckpoint):
-    """Lightning's, but `save_last` keeps its word, and `last.ckpt` can be written within an epoch.
+    """Keeps the best checkpoint and the last one, which a killed run resumes from.
 
-    Lightning 2.6.6 writes `last.ckpt` only where a better checkpoint was written as well: a run that was killed late
-    would go back to its best epoch. Its `every_n_train_steps` excludes `every_n_epochs`, and saves between two batches
-    of one optimizer step, where nothing resumes exactly. It takes the metric of an earlier validation for that of
-    the present weights, and forgets the best where the folder has moved.
+    Lightning's ModelCheckpoint (2.6.6) has four faults that are mended here. It writes `last.ckpt` only when a better
+    checkpoint is written as well, so a run that was killed late would go back to its best epoch. Its
+    `every_n_train_steps` excludes `every_n_epochs`, and saves between two batches of one optimizer step, where nothing
+    resumes exactly. It takes the metric of an earlier validation for that of the present weights. It forgets the best
+    if the folder has moved.
 
     Within an epoch the best and the last are written after a validation, else when the epoch ends, in this order: the
-    best, the record of which it is, the last; only then go those that were replaced. A kill in between repeats the
-    validation.
+    best, the record of which it is, the last; only then are those deleted that were replaced. A kill in between repeats
+    the validation.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class BestAndLast(ModelCheckpoint):
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Agree with the folder: forget what somebody took away, finish what a crash has left undone."""
+        """Make the record agree with the folder: forget files that were deleted, finish what a crash interrupted."""
         super().on_train_start(trainer, pl_module)
         if gone := [path for path in self.best_k_models if not self.file_exists(path, trainer)]:
             self._forget(gone)
@@ -92,14 +93,17 @@ class BestAndLast(ModelCheckpoint):
         self._record(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before loggers look at the files: what is written in the background is on disk."""
+        """Wait until checkpoints that are written in the background are on disk, before loggers look for the files."""
         self._late.settle()
         trainer.strategy.checkpoint_io.teardown()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the place of Lightning's. The last batch of an epoch has validation and the epoch's checkpoint next."""
+        """Save between two steps if a checkpoint is due, in place of Lightning's method.
+
+        After the last batch of an epoch the hooks for validation and epoch save.
+        """
         if self.every_n_steps is None and self.every_n_minutes is None and not self._owes_last:
             return
         if not is_between_steps(trainer) or ends_here(trainer):
@@ -111,7 +115,7 @@ class BestAndLast(ModelCheckpoint):
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def _is_late(self, trainer: L.Trainer) -> bool:
-        """By the clock of the first rank; several are told in the next step."""
+        """Return whether `every_n_minutes` have passed by the first rank's clock; other ranks learn it a step later."""
         if self.every_n_minutes is None:
             return False
         is_late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
@@ -120,7 +124,7 @@ class BestAndLast(ModelCheckpoint):
         return self._late.ask(is_late and trainer.is_global_zero, trainer.strategy.root_device, waits=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save within an epoch; at its end, and at that of the training, `on_train_epoch_end` comes next."""
+        """Save after a validation within an epoch; at the end of an epoch or training, `on_train_epoch_end` saves."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if ends_here(trainer):
@@ -135,7 +139,7 @@ class BestAndLast(ModelCheckpoint):
         self._has_metric = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Whatever is due when: the last checkpoint of a training is that of its last step."""
+        """Save the last step of a training, whether or not a checkpoint is due then."""
         if self._position != _position(trainer):
             self._save(trainer, has_metric=False)
 
@@ -143,7 +147,7 @@ class BestAndLast(ModelCheckpoint):
         return self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
 
     def _save(self, trainer: L.Trainer, *, has_metric: bool) -> None:
-        """Save the best, if these weights were validated and are among them, and the last, unless it has to wait."""
+        """Save the best, if these weights were validated and are good enough; then the last, unless it has to wait."""
         candidates = self._monitor_candidates(trainer)
         self._twin = None
         if has_metric and self._judged != trainer.global_step:
@@ -178,7 +182,7 @@ class BestAndLast(ModelCheckpoint):
     def _get_metric_interpolated_filepath_name(
         self, monitor_candidates: dict[str, Tensor], trainer: L.Trainer, del_filepath: str | None = None
     ) -> str:
-        """Never the name of another one of the best, whatever else lies in the folder."""
+        """Return a file name that none of the other best checkpoints has; any other file of this name is replaced."""
         path, version = self.format_checkpoint_name(monitor_candidates), self.STARTING_VERSION
         while path in self.best_k_models:
             path = self.format_checkpoint_name(monitor_candidates, ver=version)
@@ -192,12 +196,15 @@ class BestAndLast(ModelCheckpoint):
             checkpoint_io.record_best(Path(str(self.dirpath)), self._name(self.best_model_path) or None)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Keep it until the last checkpoint, which a run resumes from, knows that it was replaced."""
+        """Mark a replaced file for deletion.
+
+        It is deleted once the last checkpoint, which a run resumes from, knows that it was replaced.
+        """
         if filepath not in self._replaced:
             self._replaced.append(filepath)
 
     def _clear(self, trainer: L.Trainer) -> None:
-        """Remove what was replaced. The list stays until then, in checkpoints too, as a crash may come before."""
+        """Delete the replaced files; checkpoints hold the list of them as well, in case of a crash before."""
         if self._replaced:
             self._record(trainer)
         for path in self._replaced:
@@ -207,7 +214,7 @@ class BestAndLast(ModelCheckpoint):
         self._replaced = []
 
     def _forget(self, gone: Sequence[str]) -> None:
-        """Leave out those of the best that are not in the folder any more."""
+        """Drop from the best those files that are not in the folder any more."""
         kept = {path: score for path, score in self.best_k_models.items() if path not in gone}
         if self.best_model_path in gone and run_folder.best_in(Path(str(self.dirpath))) is None:
             log.warning("%s: not there any more; the best is chosen among those to come", self.best_model_path)
@@ -217,7 +224,7 @@ class BestAndLast(ModelCheckpoint):
         self.best_model_score = kept.get(self.best_model_path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, with names in place of paths: the folder may move."""
+        """Return Lightning's state with file names in place of paths, so that the folder may move."""
         state = super().state_dict()
         paths = {key: self._name(state[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         return {
@@ -230,7 +237,7 @@ class BestAndLast(ModelCheckpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, in whichever folder it lies now."""
+        """Restore the state; paths are taken as names in the present folder."""
 
         def path(name: str) -> str:
             own = Path(name).name if Path(name).is_absolute() else name  # older checkpoints have paths

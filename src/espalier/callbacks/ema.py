@@ -18,18 +18,18 @@ from espalier.errors import ConfigError
 
 
 def decay_at(step: int, decay: float) -> float:
-    """`decay`, but less in the first steps, so that the average forgets the random start: (1 + step) / (10 + step)."""
+    """Return `decay`, but at most (1 + step) / (10 + step), so that the average soon forgets the random start."""
     return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
 def update(average: list[Tensor], current: list[Tensor], decay: float) -> None:
-    """In place `average = decay * average + (1 - decay) * current`, all tensors at once."""
+    """Set `average` to `decay * average + (1 - decay) * current` in place, all tensors at once."""
     torch._foreach_lerp_(average, current, 1 - decay)
 
 
 def averaged_names(module: nn.Module) -> list[str]:
-    """Parameters and batch-norm statistics in the state dict; every other buffer keeps its present value."""
+    """Return the names that are averaged: parameters and batch-norm statistics; other buffers stay as they are."""
     stored = module.state_dict().keys()
     statistics = [
         name
@@ -41,7 +41,7 @@ def averaged_names(module: nn.Module) -> list[str]:
 
 
 class EMA(L.Callback):
-    """Validation, test and every checkpoint's `state_dict` use averaged weights; resuming goes on from the raw ones.
+    """Averages the weights: validation, test and checkpoints use the average, training goes on with the raw weights.
 
     The learner holds the raw weights while it trains, the average while it is validated and after training. A bool
     buffer `weight_mask` beside `weight` masks the average too, or zeros set just now would not be zeros in it.
@@ -91,7 +91,7 @@ class EMA(L.Callback):
         self._catch_up(trainer.global_step)
 
     def _catch_up(self, step: int) -> None:
-        """Update once per optimizer step, also where a checkpoint was written between the step and its update."""
+        """Update once per optimizer step, also if a checkpoint was written between the step and its update."""
         if step > self.step and step % self.every_n_steps == 0:
             current = [tensor.float() for tensor in self.held] if self.is_wider else self.held
             update(self.average, current, decay_at(step, self.decay))
@@ -127,7 +127,7 @@ class EMA(L.Callback):
             torch._foreach_mul_([self.average[place] for place in self.masks], list(self.masks.values()))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Plain names for the average; the raw weights lie beside them under `ema`."""
+        """Store the average under the plain names, and the raw weights under `ema`."""
         if not self.held:
             return
         self._mask_average()
@@ -137,7 +137,7 @@ class EMA(L.Callback):
         checkpoint["ema"] = {"raw": dict(zip(self.names, raw, strict=True)), "step": self.step}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Resuming only: take the average that Lightning has just loaded into the learner, put the raw weights back."""
+        """Put the raw weights back into a learner that resumes training, and keep the average that Lightning loaded."""
         if trainer.state.fn != TrainerFn.FITTING or "ema" not in checkpoint:
             return
         raw = checkpoint["ema"]["raw"]

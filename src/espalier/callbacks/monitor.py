@@ -9,7 +9,7 @@ import torch
 
 
 class Monitor(L.Callback):
-    """Every `trainer.log_every_n_steps` steps logs `lr`, `samples_per_second` and `data_wait_share`.
+    """Logs `lr`, `samples_per_second` and `data_wait_share` every `trainer.log_every_n_steps` steps.
 
     Throughput is that of all devices together, without validation. The wait for data is measured around the loader's
     `next`, which no hook of Lightning's surrounds; the loop's two methods there are wrapped while training runs.
@@ -28,7 +28,7 @@ class Monitor(L.Callback):
 
     @property
     def samples_per_second(self) -> float:
-        """Over all training so far; 0 before the first step."""
+        """Return the mean speed of all training so far; 0 before the first step."""
         return self.samples / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -94,7 +94,7 @@ class Monitor(L.Callback):
             logger.log_metrics(metrics, step=step)
 
     def _advance(self) -> None:
-        """Bring the clocks up to now."""
+        """Add the time since the last call to the clocks of training and of the whole fit."""
         now = perf_counter()
         if self.started is not None:
             self.seconds += now - self.started

@@ -1,4 +1,4 @@
-"""What the terminal shows while a run goes on: a line per finished epoch and, on a real terminal, a live bar.
+"""Progress on the terminal: a line per finished epoch and, on a real terminal, a live bar.
 
 The bar follows the clock, not the step: between two redraws a step costs two Python calls and waits for no device.
 """
@@ -17,7 +17,7 @@ from espalier.reporting.report import duration
 
 
 class Progress(L.Callback):
-    """Shown by the first rank alone. Into a file or a pipe go the epoch lines without the bar.
+    """Prints a line per epoch and shows a live bar, from the first rank alone; a file or a pipe gets only the lines.
 
     It reads `learner.last_loss`, a scalar on the device, and only when it redraws.
     """
@@ -124,7 +124,7 @@ class Progress(L.Callback):
     def _print_epoch(self, trainer: L.Trainer) -> None:
         """Print the line of the finished epoch; late, because Lightning collects its last metrics after all hooks.
 
-        Lightning keeps the values of an earlier validation: where there was none since, the line has none.
+        Validation values are left out if the epoch had no validation, because Lightning keeps those of an earlier one.
         """
         if self.finished_epoch is None or not self.is_shown:
             return
@@ -143,7 +143,7 @@ class Progress(L.Callback):
 
 
 def _epoch_name(trainer: L.Trainer, epoch: int) -> str:
-    """`epoch  3/20`, counted from 1."""
+    """Return the name of an epoch, such as `epoch  3/20`; epochs are counted from 1."""
     last = trainer.max_epochs
     if last is None or last < 0:
         return f"epoch {epoch + 1}"

@@ -1,4 +1,4 @@
-"""The same batches in each epoch, as they are: whether a network can learn a few samples by heart (`debug=overfit`)."""
+"""The same batches in each epoch, to see whether a network can learn a few samples by heart (`debug=overfit`)."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import lightning as L
 
 
 class SameBatches(L.Callback):
-    """Give every epoch the order of the first, and no sample an augmentation."""
+    """Gives every epoch the order of the first, without augmentation."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.augment = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning has set the number of the epoch; batches are drawn after this."""
+        """Set the epoch of the sampler back to 0, after Lightning has set it and before batches are drawn."""
         loader: Any = trainer.train_dataloader
         loader.sampler.set_epoch(0)

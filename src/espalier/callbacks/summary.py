@@ -18,7 +18,7 @@ from espalier.reporting.report import si
 
 @dataclass
 class Part:
-    """One line of the summary."""
+    """One line of the summary: a part of the model, its output shape and its cost."""
 
     name: str
     kind: str
@@ -36,9 +36,9 @@ class Part:
 def parts(model: nn.Module, sample: Tensor, depth: int) -> list[Part]:
     """Return the model and its submodules down to `depth` levels, measured on one `sample` (batch 1).
 
-    A submodule without children stands for itself at any level above; one without parameters that is never called is
-    left out. A model that calls no submodule with parameters runs a graph instead, and what it does call are the
-    quantizers in that graph: left out as well.
+    A submodule without children is listed at whichever level it stands. One without parameters that is never called is
+    left out. A model that calls no submodule with parameters runs a captured graph; the only modules that it calls then
+    are quantizers, which are left out as well.
     """
     found = {
         path: Part(path, module._get_name(), count_params(module))
@@ -83,7 +83,7 @@ def _note_cost(part: Part, counter: Any) -> Any:
 
 
 class Summary(L.Callback):
-    """Prints the parts of `learner.model`, from the first rank, for the shape of `learner.example_input_array`."""
+    """Prints the parts of `learner.model` from the first rank, for inputs shaped like `learner.example_input_array`."""
 
     def __init__(self, depth: Count) -> None:
         self.depth = depth
@@ -102,7 +102,7 @@ class Summary(L.Callback):
 
 
 def table(lines: list[Part]) -> Table:
-    """One row per part, the whole model last."""
+    """Return a table with one row per part and the whole model last."""
     whole, *children = lines
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_footer=True)
     total = ("total", *whole.cells[1:])

@@ -1,4 +1,4 @@
-"""Words in, exit code out: the command, its help, completion and folders. Nothing here imports torch."""
+"""The command line: parses words, runs the command and returns its exit code. Nothing here imports torch."""
 
 from espalier.cli.entry import main
 

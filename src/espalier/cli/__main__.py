@@ -1,4 +1,4 @@
-"""`python -m espalier.cli`: what a rank and a shell without the command start."""
+"""`python -m espalier.cli`: the command as ranks start it, and shells in which `espalier` is not installed."""
 
 from espalier.cli import main
 

@@ -210,7 +210,7 @@ def _check_trials(words: Sequence[str]) -> None:
 
 
 def _complete(tasks: Sequence[str]) -> int:
-    """Tab completion: Hydra's shell code (`-sc install=bash`), our words (`-sc query=bash`)."""
+    """Answer the shell for tab completion: Hydra's code (`-sc install=bash`), our words (`-sc query=bash`)."""
     line = os.environ.get("COMP_LINE")
     if line is None:
         import hydra

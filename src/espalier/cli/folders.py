@@ -1,4 +1,4 @@
-"""The RUNs and folders of a command line: where they are, and whether this process may write there."""
+"""The run folders that a command line names: where they are, and whether this process may write there."""
 
 import atexit
 import shutil
@@ -21,7 +21,7 @@ _may_begin_again = False  # resume=auto: what ended before its first checkpoint 
 
 
 def settle(words: Sequence[str], task: str) -> list[str]:
-    """Name RUNs by their absolute path, so that DDP children agree, and send a resumed run to its own folder."""
+    """Make the paths of RUNs absolute, so that all ranks agree on them, and send a resumed run to its own folder."""
     global _may_begin_again
     _may_begin_again = "resume=auto" in words
     if _may_begin_again:
@@ -78,7 +78,7 @@ def _find(source: str, holds: str | Path) -> Path:
 
 
 def require_unused(words: Sequence[str], *, multirun: bool) -> None:
-    """Refuse a folder that another run has filled before Hydra writes there; `owned` looks once more."""
+    """Refuse a folder that another run has filled, before Hydra writes there; `owned` checks again under the lock."""
     said = dict(word.split("=", 1) for word in words if "=" in word)
     folder = Path(unquoted(said.get(FOLDERS[multirun], "")))
     if said.get("resume", "null") not in ("", "null") or not folder.is_dir() or folder == Path():
@@ -88,14 +88,14 @@ def require_unused(words: Sequence[str], *, multirun: bool) -> None:
 
 
 def owned(folder: Path, task: str, *, is_resumed: bool, is_trial: bool) -> AbstractContextManager[None]:
-    """Lock the folder of a run, by the first of its processes, and look whether another was quicker."""
+    """Lock the folder of a run, in the first of its processes, and check that no other run has used it meanwhile."""
     if task in LEAVES_NOTHING or launchers.rank() > 0 or launch.is_rank():
         return nullcontext()
     return ownership.locked(folder, None if is_resumed else lambda: _refuse_used(folder, task, is_trial=is_trial))
 
 
 def _refuse_used(folder: Path, task: str, *, is_trial: bool) -> None:
-    """Raise `ConfigError` where a run of this process would overwrite another; ranks of a run share one folder."""
+    """Raise `ConfigError` if this run would overwrite another; the ranks of a run share one folder."""
     is_first = launchers.rank() == 0 and not launch.is_rank()
     if task not in LEAVES_NOTHING and (is_first or (task in conf_dir.TRAINS and not launch.is_rank())):
         ownership.require_unused(folder, task, may_begin_again=_may_begin_again, is_trial=is_trial)

@@ -1,4 +1,4 @@
-"""What the command line tells before it runs anything: overview, help, completion. Torch is never imported."""
+"""Texts that the command line prints without running anything: overview, help, completion. Torch is never imported."""
 
 from collections.abc import Sequence
 
@@ -39,7 +39,7 @@ def overview(tasks: Sequence[str]) -> str:
 
 
 def help_page(verb: str, group: str) -> str:
-    """Return groups, options and knobs of a task; where `group` is one, its options with a line each."""
+    """Return groups, options and settings of a task, or the options of `group` with a line each."""
     groups = conf_dir.groups()
     if group in groups:
         lines = [f"  {group}={option:<20} {conf_dir.summary(group, option)}" for option in groups[group]]
@@ -65,7 +65,7 @@ def help_page(verb: str, group: str) -> str:
 
 
 def runs_page() -> str:
-    """Keys and flags of `espalier runs`."""
+    """Return the help of `espalier runs`: its keys and flags."""
     keys = [f"  {key + '=':<9} {what}" for key, what in RUNS_KEYS.items()]
     flags = [f"  {YES}     delete without a question, where nobody can be asked"]
     return "\n".join([f"espalier {RUNS} [KEY=VALUE] ...   {RUNS_SUMMARY}", "", "Keys:", *keys, "", "Flags:", *flags])
@@ -77,7 +77,7 @@ def _top_level_lines() -> list[str]:
 
 
 def candidates(typed: Sequence[str], word: str, tasks: Sequence[str]) -> list[str]:
-    """Return what `word` can grow into: a task, an option of a group, or the name of a group or key."""
+    """Return the completions of `word`: a task, an option of a group, or the name of a group or key."""
     if not typed:
         return [task for task in [*tasks, RUNS] if task.startswith(word)]
     if typed[0] == RUNS:

@@ -1,4 +1,4 @@
-"""The command inside of a program: a script, a notebook whose main thread runs an event loop."""
+"""The command called from a program: a script, or a notebook whose main thread runs an event loop."""
 
 import logging
 import os
@@ -13,10 +13,10 @@ FULL_ERROR = "HYDRA_FULL_ERROR"  # which the command sets
 
 
 def run(words: Sequence[str]) -> Path:
-    """Run one task and return its folder; signals are left to the caller, but for those during a training.
+    """Run one task and return its folder; signals are handled here only during a training.
 
     Raises:
-        EspalierError: it cannot work, failed, diverged or was stopped.
+        EspalierError: the task cannot run, failed, diverged or was stopped.
     """
     with _as_command(words):
         entry.compose_and_run()
@@ -25,7 +25,7 @@ def run(words: Sequence[str]) -> Path:
 
 @contextmanager
 def _as_command(words: Sequence[str]) -> Iterator[None]:
-    """Within, this process looks like the command; afterwards all is as it was, logging too."""
+    """Make this process look like the command inside the block; afterwards restore everything, logging too."""
     from hydra.core.global_hydra import GlobalHydra
 
     argv, full_error = sys.argv, os.environ.get(FULL_ERROR)
@@ -43,10 +43,10 @@ def _as_command(words: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def kept_logging() -> Iterator[None]:
-    """Give the root logger back the handlers and the level that it has now; what came within is closed.
+    """Restore the handlers and the level of the root logger after the block; close the handlers added inside.
 
-    Hydra configures logging anew, which closes every handler there is. A closed one opens its file once more, or, where
-    it was opened to be written anew, drops each line without a word. So nobody closes those of the program.
+    Hydra configures logging anew, which closes every handler there is. A closed one opens its file once more, or, if
+    its file was opened to be written anew, drops each line without a word. The program's handlers are spared that.
     """
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

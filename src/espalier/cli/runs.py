@@ -21,10 +21,10 @@ UNKNOWN = report.MISSING
 
 
 def main(words: Sequence[str]) -> int:
-    """List, or delete; return the exit code.
+    """List or delete runs; return the exit code.
 
     Raises:
-        ConfigError: a word that means nothing here.
+        ConfigError: a word is no key or flag of this command.
     """
     asked = _parsed([word for word in words if word != YES])
     logs = Path(at_home(asked.get("logs", str(run_folder.LOGS))))
@@ -70,7 +70,7 @@ def _filtered(runs: Sequence[Listed], asked: dict[str, str]) -> list[Listed]:
 
 
 def _sorted(runs: list[Listed], by: str | None) -> list[Listed]:
-    """Return them with the best first; those without that metric last."""
+    """Return the runs with the best first; those without that metric last."""
     if by is None:
         return runs
     if by == "size":
@@ -106,7 +106,7 @@ def _show(runs: Sequence[Listed]) -> None:
 
 
 def _tested(run: Listed) -> tuple[str, float] | None:
-    """Return the metric of the report that tells most: that which a training is chosen by, else its first."""
+    """Return the most important metric of a report: the one that a training is chosen by, else its first."""
     same = run.chosen and f"test/{run.chosen.metric.partition('/')[2]}"
     measured = [name for name in run.metrics if not run.chosen or name != run.chosen.metric]
     name = same if same in measured else next(iter(measured), None)
@@ -114,7 +114,7 @@ def _tested(run: Listed) -> tuple[str, float] | None:
 
 
 def _metric(header: str, pairs: Sequence[tuple[str, float] | None]) -> dict[str, list[str]]:
-    """Return a column, headed by the metric where all runs have the same; none where no run has any."""
+    """Return a column of metrics, named after the metric if all runs have the same; empty if no run has any."""
     names = {pair[0] for pair in pairs if pair}
     if not names:
         return {}
@@ -130,7 +130,7 @@ def _named(value: str, runs: Sequence[Listed], logs: Path) -> list[Listed]:
     """Return the runs that `delete=` names.
 
     Raises:
-        ConfigError: there is no such run, it is running, or others lie in its folder.
+        ConfigError: there is no such run, it is running, or another run lies in its folder.
     """
     if value in STATES and not Path(value).exists():
         if value == RUNNING:

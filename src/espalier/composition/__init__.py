@@ -1,1 +1,1 @@
-"""From configuration to the parts of a run: networks, trainer, plan, and what a run writes down of itself."""
+"""Builds the parts of a run from its configuration: networks, trainer, plan, and the records a run writes."""

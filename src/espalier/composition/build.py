@@ -1,4 +1,4 @@
-"""From one node of the configuration to the object that it describes: a part of a run, or a network."""
+"""Build the object that one node of the configuration describes: a part of a run, or a network."""
 
 import inspect
 from typing import Any
@@ -18,7 +18,7 @@ from espalier.trust.targets import check_stored
 
 
 def part(key: str, node: DictConfig, **supplied: Any) -> Any:
-    """Return the object of a node, given the arguments of `check.SUPPLIED` that it accepts.
+    """Return the object that a node describes; arguments of `check.SUPPLIED` are added if it accepts them.
 
     Raises:
         ConfigError: the object refuses its arguments; the message names `key`.
@@ -37,12 +37,12 @@ def part(key: str, node: DictConfig, **supplied: Any) -> Any:
 
 
 def model(node: DictConfig, spec: DataSpec) -> nn.Module:
-    """Return a network for such data, with new weights."""
+    """Return a network with new weights for data of this spec."""
     return part("model", node, input_shape=spec.shape, num_outputs=spec.num_outputs)
 
 
 def stored_model(stored: Checkpoint) -> nn.Module:
-    """Return the network of a checkpoint with new weights; it may name only what is trusted, wherever it was read."""
+    """Return the network of a checkpoint with new weights; its configuration may name trusted targets only."""
     node = OmegaConf.create({"model": stored.config.get("model")})
     check_stored(node)
     return model(node.model, stored.spec)

@@ -1,4 +1,4 @@
-"""The network of a checkpoint: as it was trained, as it is shipped, in float, or as the start of another training."""
+"""Build the network of a checkpoint: as it was trained, as it is shipped, in float, or to start another training."""
 
 from torch import nn
 
@@ -23,12 +23,12 @@ def trained(stored: Checkpoint) -> nn.Module:
 
 
 def deployable(stored: Checkpoint) -> Deployable:
-    """Return the network of a checkpoint as it is shipped, beside what it was trained as."""
+    """Return the network of a checkpoint as it is shipped, together with the form in which it was trained."""
     return deployed.deployable(trained(stored), stored.history)
 
 
 def in_float(stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
-    """Return the same weights without the quantizers, and the history of that."""
+    """Return the same weights without the quantizers, and the matching history."""
     history = [entry for entry in stored.history if stage_of(entry["method"]) < Stage.QUANTIZE]
     model = replay(build.stored_model(stored), history)
     checkpoint.load_fitting_weights(model, stored)
@@ -36,10 +36,10 @@ def in_float(stored: Checkpoint) -> tuple[nn.Module, list[Entry]]:
 
 
 def of_teacher(key: str, reference: str, source: str | None, data: DataModule) -> Checkpoint:
-    """Return what another RUN has learned from these data; `source` stands for the run that this one starts from.
+    """Return the network of another RUN, trained on the same data; `source` means the run that this one starts from.
 
     Raises:
-        ConfigError: there is none, or it was trained on other data.
+        ConfigError: there is no such run, or it was trained on other data.
     """
     if reference == "source" and not source:
         raise ConfigError(f"{key}=source: this run starts from no source; name the RUN of the teacher")

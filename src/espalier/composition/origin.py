@@ -1,4 +1,4 @@
-"""What a run starts from, a source or its own last checkpoint: whether the data fit, and what it does otherwise now."""
+"""Check the checkpoint that a run starts from or resumes: whether the data fit, and which settings changed."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,7 +30,7 @@ def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -
 
 
 def changed_samples(data: DataModule, source: Checkpoint | Bundle) -> list[str]:
-    """Return a remark if the data of the source have changed since: what is tested on may have been trained on."""
+    """Return a remark if the data have changed since the source was trained: test samples may have been trained on."""
     now, then = data.spec, source.spec
     if now.name != then.name or not then.class_counts:
         return []
@@ -45,12 +45,12 @@ def changed_samples(data: DataModule, source: Checkpoint | Bundle) -> list[str]:
 
 
 def _are_others(now: DataSpec, then: DataSpec) -> bool:
-    """Say whether samples have other names, sizes, labels or another order, as far as both specs tell."""
+    """Return whether samples have other names, sizes, labels or another order, as far as both specs tell."""
     return bool(now.fingerprint and then.fingerprint) and now.fingerprint != then.fingerprint
 
 
 def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:
-    """Raise `ConfigError` if a run cannot go on as it began, because its data have changed since."""
+    """Raise `ConfigError` if a run cannot resume because its data have changed since."""
     now, then = data.spec, resumed.spec
     bring_back = "bring them back as they were, or start a new run with source="
     if (now.shape, now.class_names, now.class_counts) != (then.shape, then.class_names, then.class_counts):
@@ -66,7 +66,7 @@ def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:
 
 
 def remarks(resumed: Checkpoint, cfg: DictConfig, folder: Path, num_devices: Callable[[], int]) -> Iterator[str]:
-    """Yield what a run that goes on in `folder` does otherwise than before; devices are counted where that matters."""
+    """Yield what a resumed run does otherwise than before; devices are only counted if that matters."""
     before = global_batch.of(resumed.content)
     now = before and replace(
         before,

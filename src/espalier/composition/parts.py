@@ -45,12 +45,12 @@ class Parts:
 
     @property
     def source(self) -> Checkpoint | None:
-        """The trained network that this run starts from."""
+        """Return the trained network that this run starts from, or None."""
         return self.sources[0] if self.sources and isinstance(self.sources[0], Checkpoint) else None
 
     @property
     def bundle(self) -> Bundle | None:
-        """The exported network that this run uses, where that is all there is."""
+        """Return the exported network that this run starts from, or None if it starts from no bundle."""
         return self.sources[0] if self.sources and isinstance(self.sources[0], Bundle) else None
 
     @cached_property
@@ -71,12 +71,12 @@ class Parts:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The network before training: drawn from the seed, taken from the source, or as a resumed run had built it."""
+        """Return the network before training: drawn from the seed, taken from the source, or rebuilt to resume."""
         return self._start[0]
 
     @cached_property
     def history(self) -> list[Entry]:
-        """Keep what was done to the network, in order; it grows as the recipe is applied."""
+        """Return the steps of compression done to the network, in order; it grows as the recipe is applied."""
         return self._start[1]
 
     @cached_property
@@ -103,7 +103,7 @@ class Parts:
 
     @cached_property
     def compressions(self) -> list[Compression]:
-        """The recipe, each method ready to be applied and sure to have something to do."""
+        """Return the methods of the recipe, each ready to be applied and checked to have something to do."""
         supplied = {
             "spec": self.data.spec,
             "seed": self.cfg.seed,
@@ -123,14 +123,14 @@ class Parts:
         return recipe
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Return the learner's, which is built when this is first called."""
+        """Return the loss of the learner, which is built when this is first called."""
         return self.learner.loss(output, y)
 
     def network_of(self, key: str, reference: str) -> nn.Module:
-        """Return the deployable network of another run, frozen: a teacher. `source` is the run that this starts from.
+        """Return the network of another run, deployable and frozen, as a teacher; `source` means this run's own source.
 
         Raises:
-            ConfigError: there is none, or it was trained on other data.
+            ConfigError: there is no such run, or it was trained on other data.
         """
         stored = networks.of_teacher(key, reference, self.cfg.source, self.data)
         self.say(f"{key}: {stored.said}")
@@ -164,7 +164,7 @@ class Parts:
         return [*([KeepMasks()] if was_masked and not keeps_masks else []), *self.compressions, *watching]
 
     def _chosen_metric(self, key: str, node: DictConfig) -> dict[str, str]:
-        """Return what a callback watches where the configuration says so, and which way it gets better.
+        """Return the metric that a callback is configured to watch, and its better direction; empty if it names none.
 
         Raises:
             ConfigError: the validation has no such metric.
@@ -200,10 +200,10 @@ class Parts:
         return CheckpointIO(began, self.data.spec, self.history)
 
     def plain_config(self) -> dict[str, Any]:
-        """Return what is written down of the configuration: plain types, no secrets."""
+        """Return the configuration as it is written down: plain types, no secrets."""
         return redaction.scrub_tree(OmegaConf.to_container(self.cfg, resolve=True))
 
     def say(self, line: str) -> None:
-        """One line for the user, from the first rank alone."""
+        """Print one line for the user, on the first rank alone."""
         if is_first_rank():
             terminal.say(line)

@@ -1,4 +1,4 @@
-"""What a training will do, in numbers, once the data are known: batches, steps, what is left out; or why it cannot.
+"""The plan of a training in numbers, made once the data are known: batches, steps, samples left out, or an error.
 
 Lightning finds limits that leave nothing to do in the middle of a run, or not at all. Here they cost one line before
 anything is written.
@@ -23,7 +23,7 @@ MUCH_LEFT_OUT = 0.05  # of the training samples, in each epoch
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run; batches are those of one process, as in Lightning."""
+    """The numbers of a training; batches are those of one process, as in Lightning."""
 
     num_samples: tuple[int, int, int]  # training, validation, test
     num_devices: int
@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def lines(self) -> Iterator[str]:
-        """What the user reads before the first epoch; warnings apart."""
+        """Yield the lines that the user reads before the first epoch, without the warnings."""
         train, val, test = self.num_samples
         yield f"{train} training, {val} validation and {test} test samples"
         in_all = "" if self.num_steps is None else f", {self.num_steps} in all"
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def warnings(self) -> Iterator[str]:
-        """Each with a remedy."""
+        """Yield one line per warning, each with a remedy."""
         train, size = self.num_samples[0], self.batch_size * self.num_devices
         if self.num_batches < FEW_BATCHES and train >= FEW_BATCHES * self.num_devices:
             best = train // (FEW_BATCHES * self.num_devices)
@@ -65,7 +65,7 @@ class Plan:
 
 
 def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool, finished: tuple[int, int] = (0, 0)) -> Plan:
-    """Return the plan of a fit, then a test where `is_tested`; `finished` epochs, of so many steps, are done before.
+    """Return the plan of a fit, and of a test if `is_tested`; `finished` epochs, of so many steps, are done before.
 
     Raises:
         ConfigError: it would train nothing, or never validate although it should; one line per problem.
@@ -98,14 +98,14 @@ def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool, finish
 
 
 def line(planned: Plan, trainer: L.Trainer, spec: DataSpec) -> str:
-    """Return what the user reads before the first epoch: device, data, steps."""
+    """Return the line that the user reads before the first epoch: device, data, steps."""
     samples, steps = planned.lines
     shape = " x ".join(map(str, spec.shape))
     return f"{device(trainer)}; {spec.name}: {samples} of {shape}, {kind_of(spec).said}; {steps}"
 
 
 def require_test(trainer: L.Trainer, data: DataModule, split: str) -> None:
-    """Raise `ConfigError` if the limits leave nothing of the split that is measured."""
+    """Raise `ConfigError` if the limits leave no batch of the split that is measured."""
     num_samples = len(getattr(data.splits, split))
     num_batches = len(Order(num_samples, data.batch_size, None, 0, trainer.world_size))
     if problems := _without_test(num_batches, trainer.limit_test_batches):
@@ -113,7 +113,7 @@ def require_test(trainer: L.Trainer, data: DataModule, split: str) -> None:
 
 
 def device(trainer: L.Trainer) -> str:
-    """Where it runs: `cpu, 2 threads`, `2 x NVIDIA A100`."""
+    """Return what the trainer runs on: `cpu, 2 threads`, `2 x NVIDIA A100`."""
     kind = trainer.strategy.root_device.type
     if kind == "cpu":
         threads = torch.get_num_threads()
@@ -124,14 +124,14 @@ def device(trainer: L.Trainer) -> str:
 
 
 def _lengths(data: DataModule, world_size: int) -> tuple[int, int, int]:
-    """Batches of each split before any limit."""
+    """Return the number of batches of the three splits before any limit."""
     splits, size = data.splits, data.batch_size
     evaluated = (len(Order(len(samples), size, None, 0, world_size)) for samples in (splits.val, splits.test))
     return len(Order(len(splits.train), size, 0, 0, world_size)), *evaluated  # type: ignore[return-value]
 
 
 def _limited(num_batches: int, limit: float) -> int:
-    """As Lightning counts: an integer is a number of batches, a float a share of them."""
+    """Return the number of batches within a limit, as Lightning counts: an integer is a number, a float a share."""
     return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
 
 

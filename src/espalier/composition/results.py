@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: what it was made of, figures, and the report of what was measured."""
+"""Write what a run leaves in its folder: configuration and provenance, figures, and the report."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ PROFILE = "profile"  # in the names of a profiler's files
 
 
 def record(folder: Path, config: Mapping[str, Any], words: Sequence[str], *, is_resumed: bool) -> None:
-    """Write down what a run is made of: config, overrides, provenance."""
+    """Write down how a run was made: config, overrides, provenance."""
     folder.mkdir(parents=True, exist_ok=True)
     if not is_resumed:
         (folder / "metrics.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
@@ -44,7 +44,7 @@ def draw(done: Report, folder: Path, tables: Mapping[str, Tensor], kind: TargetK
 
 
 def publish(done: Report, folder: Path, loggers: Iterable[Logger], data: str) -> None:
-    """Hand a report on these data to the loggers, write it, and show its table to the user."""
+    """Give a report to the loggers, write it to the folder, and show its table to the user."""
     for logger in loggers:
         log_report(logger, done)
     stored = folder / PROVENANCE  # of tasks that train

@@ -1,4 +1,4 @@
-"""Lightning's trainer, with what this program does in its place, and what it knows once it has trained."""
+"""Build Lightning's trainer with this project's replacements, and read its state after a training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def build_trainer(
     """Return the trainer of a run that writes into `folder`.
 
     Raises:
-        ConfigError: it cannot be built so, or not all of its devices take part.
+        ConfigError: Lightning refuses the settings, or not all of the launched devices take part.
     """
     trainer = build.part(
         "trainer",
@@ -64,10 +64,10 @@ def build_trainer(
 
 
 def profiler_of(node: DictConfig, folder: Path) -> Profiler | None:
-    """Return Lightning's profiler of that name, which writes into the run folder; None where there is no name.
+    """Return Lightning's profiler of that name, which writes into the run folder, or None if no name is given.
 
     Raises:
-        ConfigError: it has none of that name.
+        ConfigError: Lightning has no profiler of that name.
     """
     name = node.get("profiler")
     if not isinstance(name, str):
@@ -78,7 +78,7 @@ def profiler_of(node: DictConfig, folder: Path) -> Profiler | None:
 
 
 def kept(trainer: L.Trainer) -> Path | None:
-    """Return the checkpoint that the training found best, else that of its last step; None where it saved none."""
+    """Return the best checkpoint of the training, else that of its last step; None if it saved none."""
     keeper = trainer.checkpoint_callback
     best = getattr(keeper, "best_model_path", "")
     if best and Path(best).is_file():
@@ -89,7 +89,7 @@ def kept(trainer: L.Trainer) -> Path | None:
 
 
 def discard_stopped(trainer: L.Trainer) -> None:
-    """Remove what a signal had saved of a run that keeps its best and not its last, once the run is finished."""
+    """Delete the checkpoint that a signal left in a run that keeps only its best, once the run is finished."""
     keeper = trainer.checkpoint_callback
     if not isinstance(keeper, ModelCheckpoint) or keeper.save_last or not kept(trainer) or not trainer.is_global_zero:
         return
@@ -100,7 +100,7 @@ def discard_stopped(trainer: L.Trainer) -> None:
 
 
 def monitored(trainer: L.Trainer) -> dict[str, Any] | None:
-    """Return name, direction and value of the metric that the best checkpoint was chosen by; None where none was."""
+    """Return name, direction and value of the metric that the best checkpoint was chosen by, or None."""
     keeper, score = trainer.checkpoint_callback, best_score(trainer)
     if score is None or not isinstance(keeper, ModelCheckpoint):
         return None
@@ -108,6 +108,6 @@ def monitored(trainer: L.Trainer) -> dict[str, Any] | None:
 
 
 def best_score(trainer: L.Trainer) -> float | None:
-    """Return the monitored metric of the best checkpoint; None where nothing was saved."""
+    """Return the monitored metric of the best checkpoint, or None if nothing was saved."""
     score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     return None if score is None else float(score)

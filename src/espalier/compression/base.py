@@ -1,4 +1,4 @@
-"""What every compression method promises, the order in which methods compose, and the history of what was done.
+"""The contract of compression methods, the order in which they compose, and the history of applied steps.
 
 A method is one file of this package, which holds one subclass of `Compression`. `replay` and `finalize` are static, so
 that a checkpoint is read without its data, its teacher or the library that chose the channels. An entry of the history
@@ -26,7 +26,7 @@ Samples = Callable[[int], Batch]  # that many training samples, not augmented, t
 
 
 class Stage(IntEnum):
-    """When in a recipe a method has its place; a later stage builds on what an earlier one left."""
+    """The place of a method in a recipe; a later stage builds on the result of an earlier one."""
 
     STRUCTURE = 0  # fewer channels, factorised layers: other shapes
     MASK = 1  # zeros that stay zero
@@ -36,7 +36,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Conversion:
-    """Quantized operators that a runtime's own tool makes out of a float graph, because torch cannot express them."""
+    """Says how a runtime's own tool quantizes the exported float graph, where torch cannot express the operators."""
 
     kind: Literal["dynamic", "weight_only"]  # activations quantized at run time, or not at all
     bits: int  # of a weight
@@ -60,7 +60,7 @@ class Compression(L.Callback, plugins.Plugin):
 
     @property
     def method(self) -> str:
-        """The name of the file and of the option: `prune_channels`."""
+        """Return the name of the file and of the option, such as `prune_channels`."""
         return type(self).__module__.rpartition(".")[2]
 
     def require(self, model: nn.Module) -> None:
@@ -68,7 +68,7 @@ class Compression(L.Callback, plugins.Plugin):
 
     @abstractmethod
     def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:
-        """Change the network; return the module that stands for it now, and plain values from which `replay` can.
+        """Change the network; return the new module, and the plain values from which `replay` repeats the change.
 
         Called once, on the CPU; `method` is added to the entry by the caller.
         """
@@ -76,7 +76,7 @@ class Compression(L.Callback, plugins.Plugin):
     @staticmethod
     @abstractmethod
     def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-        """Give a fresh network the structure of the compressed one, in place or not; its weights are loaded next."""
+        """Give a fresh network the structure of the compressed one, in place or not; the caller loads weights next."""
 
     @staticmethod
     @abstractmethod
@@ -85,7 +85,7 @@ class Compression(L.Callback, plugins.Plugin):
 
     @staticmethod
     def conversion(entry: Mapping[str, Any]) -> Conversion | None:
-        """Return what is left for the exporter, where it is the runtime that quantizes."""
+        """Return the quantization that the exporter has to do, or None."""
         return None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -108,13 +108,13 @@ class Compression(L.Callback, plugins.Plugin):
         self.is_applied = True
 
     def apply_to(self, model: nn.Module) -> tuple[nn.Module, Entry]:
-        """`apply`, with the history entry complete."""
+        """Return the result of `apply`, with the method's name added to the history entry."""
         model, entry = self.apply(model)
         return model, {"method": self.method, **entry}
 
 
 def require_modules(names: Iterable[str], model: nn.Module, key: str) -> None:
-    """Raise `ConfigError` if a name is none of a module of this network."""
+    """Raise `ConfigError` if a name is not that of a module of this network."""
     modules = [name for name, _ in model.named_modules() if name]
     for name in names:
         if name not in modules:
@@ -122,12 +122,12 @@ def require_modules(names: Iterable[str], model: nn.Module, key: str) -> None:
 
 
 def is_inside(path: str, names: Iterable[str]) -> bool:
-    """Whether a module is one of these or a part of one."""
+    """Return whether a module is one of these or a part of one."""
     return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 def replay(model: nn.Module, history: Iterable[Mapping[str, Any]]) -> nn.Module:
-    """Return a fresh model with the structure that the history describes; its weights are to be loaded next.
+    """Return a fresh model with the structure that the history describes; the caller loads weights next.
 
     Raises:
         ConfigError: the history names a method that this version does not have, or belongs to another architecture.
@@ -152,7 +152,7 @@ def finalize(model: nn.Module, history: Iterable[Mapping[str, Any]]) -> nn.Modul
 
 
 def without_teacher(model: nn.Module, history: Iterable[Entry]) -> tuple[nn.Module, list[Entry]]:
-    """Return what the next run starts from: a distillation has left its mark on the weights and nothing else."""
+    """Return the history without distillations, which leave nothing in a network but its weights."""
     kept: list[Entry] = []
     for entry in history:
         if stage_of(entry["method"]) == Stage.DISTILL:
@@ -163,7 +163,7 @@ def without_teacher(model: nn.Module, history: Iterable[Entry]) -> tuple[nn.Modu
 
 
 def check_recipe(recipe: Sequence[str], history: Iterable[Mapping[str, Any]]) -> None:
-    """Raise `ConfigError` unless the methods are in an order that works, after what the source has been through."""
+    """Raise `ConfigError` unless the methods may follow each other, and the methods of the source, in this order."""
     words = f"compression=[{','.join(recipe)}]"
     stages = {method: stage_of(method) for method in recipe}
     right = sorted(recipe, key=stages.__getitem__)
@@ -189,7 +189,7 @@ def check_recipe(recipe: Sequence[str], history: Iterable[Mapping[str, Any]]) ->
 
 
 def methods() -> list[str]:
-    """Names of all methods, in the order of their stages."""
+    """Return the names of all methods, in the order of their stages."""
     found = plugins.members(compression, Compression)  # type: ignore[type-abstract]
     return sorted(found, key=lambda name: found[name].stage)
 
@@ -200,12 +200,12 @@ def stage_of(method: str) -> Stage:
 
 
 def is_quantized(history: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a step of the way was a quantization."""
+    """Return whether one of the steps was a quantization."""
     return any(stage_of(str(entry["method"])) == Stage.QUANTIZE for entry in history)
 
 
 def conversion(history: Iterable[Mapping[str, Any]]) -> Conversion | None:
-    """Return what the exporter has left to do for this network; None where `finalize` did everything."""
+    """Return the quantization that the exporter has to do for this network, or None if `finalize` did everything."""
     for entry in history:
         if (found := method_named(str(entry["method"])).conversion(entry)) is not None:
             return found
@@ -213,7 +213,9 @@ def conversion(history: Iterable[Mapping[str, Any]]) -> Conversion | None:
 
 
 def method_named(name: str) -> type[Compression]:
-    """Return the class of a method; a history comes out of a checkpoint, so only files of this package are imported.
+    """Return the class of a method.
+
+    The name may come out of a checkpoint, so only files of this package are imported.
 
     Raises:
         ConfigError: there is no such method, or its class is incomplete.

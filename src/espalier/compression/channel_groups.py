@@ -1,4 +1,4 @@
-"""The sizes of a network's parts: what depends on what, cutting channels out, the same sizes on a fresh network.
+"""Find which channels depend on each other, cut channels out, and give a fresh network the same sizes.
 
 A checkpoint of a smaller network must bring its sizes, or its weights do not fit; and it must bring them without the
 library that chose them. Only what changed is kept, axis by axis: a network with another head, after transfer learning,
@@ -28,7 +28,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 
 @dataclass(frozen=True)
 class Part:
-    """One side of a module, and which channel of a group each position there belongs to."""
+    """The inputs or outputs of one module, and the channel of the group that each position belongs to."""
 
     path: str
     side: str  # "out", "in", "heads", or the name of a parameter that belongs to no layer
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that stay or go in all parts alike."""
+    """Channels that can only be kept or removed together, in all their parts."""
 
     parts: list[Part]
     num_channels: int
@@ -50,9 +50,10 @@ class Group:
 
 
 def coupled(model: nn.Module, input_shape: tuple[int, ...], skip: Sequence[str]) -> list[Group]:
-    """Channels that may go, in groups that depend on each other, then the heads of each attention layer.
+    """Return the channels that can be removed, in groups that go together, then the heads of each attention layer.
 
-    The outputs of the network and of the modules in `skip` stay, and what passes through layers of an unknown kind.
+    Left out are the outputs of the network, the outputs of modules in `skip`, and channels that pass through layers of
+    an unknown kind.
     """
     from torch_pruning import DependencyGraph  # only where channels are chosen, never where a checkpoint is read
 
@@ -75,7 +76,7 @@ def coupled(model: nn.Module, input_shape: tuple[int, ...], skip: Sequence[str])
 
 @torch.no_grad()
 def cut(model: nn.Module, groups: Sequence[Group], gone: Sequence[Tensor]) -> nn.Module:
-    """Remove these channels of each group, in place; what is left keeps its weights."""
+    """Remove these channels of each group, in place; all other weights stay as they are."""
     positions: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     parts: dict[tuple[str, str], Part] = {}
     for group, channels in zip(groups, gone, strict=True):
@@ -88,7 +89,7 @@ def cut(model: nn.Module, groups: Sequence[Group], gone: Sequence[Tensor]) -> nn
 
 
 def differences(before: nn.Module, after: nn.Module) -> Differences:
-    """Return what gives `before` the sizes of `after`: numbers of a module, and its tensors' changed axes.
+    """Return the entry by which `reshape` gives `before` the sizes of `after`: changed numbers and axes by module.
 
     Both have the same modules. `{"conv": {"out_channels": 8, "weight": [8, -1, -1, -1]}}` is a convolution with another
     number of output channels.
@@ -107,7 +108,7 @@ def differences(before: nn.Module, after: nn.Module) -> Differences:
 
 
 def reshape(model: nn.Module, differences: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Give modules the sizes of an entry, in place; their changed tensors are zeros, to be loaded next.
+    """Give modules the sizes of an entry, in place; changed tensors become zeros, for the caller to load.
 
     Raises:
         ValueError or AttributeError: the entry is of another network.
@@ -128,7 +129,7 @@ def reshape(model: nn.Module, differences: Mapping[str, Mapping[str, Any]]) -> n
 def _group(
     found: Any, model: nn.Module, paths: Mapping[Any, str], stays: Callable[[Any, str, str], bool]
 ) -> Group | None:
-    """None: something in it must stay as it is, or it is not known how to cut it."""
+    """Return the group, or None if a part of it must stay or is of a kind that cannot be cut."""
     parts: list[Part] = []
     for item in found:
         node, side = item.dep.target, "in" if item.dep.handler.__name__ == "prune_in_channels" else "out"
@@ -146,7 +147,7 @@ def _group(
 
 
 def _part(model: nn.Module, path: str, side: str, axis: int, positions: Tensor, channels: Tensor) -> Part | None:
-    """None: how to cut it is not known."""
+    """Return the part, or None for a layer of a kind that cannot be cut."""
     numbers: tuple[str, ...]
     if path in dict(model.named_parameters()):
         parent, _, name = path.rpartition(".")
@@ -168,7 +169,7 @@ def _part(model: nn.Module, path: str, side: str, axis: int, positions: Tensor, 
 
 
 def _counts(module: nn.Module, side: str) -> tuple[str, ...]:
-    """Attributes that count the channels on that side; none for a kind of layer that is not known."""
+    """Return the attributes that count the channels on one side; empty for an unknown kind of layer."""
     if isinstance(module, nn.Linear):
         return (f"{side}_features",)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -188,7 +189,7 @@ def _num_blocks(module: nn.Module) -> int:
 
 
 def _heads(path: str, attention: Attention) -> Group:
-    """Heads as channels: rows of queries, keys and values, and columns of the projection."""
+    """Return a group whose channels are heads: rows of queries, keys and values, and columns of the projection."""
 
     def linears(name: str) -> list[str]:  # more than one where the layer is factorised
         parts = attention.get_submodule(name).named_modules(prefix=f"{path}.{name}")
@@ -236,7 +237,7 @@ def _set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _numbers(module: nn.Module) -> Sizes:
-    """Whole numbers, and tuples of them, that the module itself holds: channels, features, groups, heads."""
+    """Return the module's own integers and tuples of integers, such as channels, features, groups and heads."""
     numbers: Sizes = {}
     for name, value in vars(module).items():
         if isinstance(value, int) and not isinstance(value, bool):

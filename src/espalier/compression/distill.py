@@ -37,7 +37,7 @@ Read = Callable[[], Mapping[str, Any]]  # outputs of the watched modules in the 
 def decoupled(
     student_BK: Tensor, teacher_BK: Tensor, y: Tensor, temperature: float, alpha: float, beta: float
 ) -> Tensor:
-    """`alpha` KL(target or not) + `beta` KL(among the others), else as `distillation`.
+    """Return `alpha` * KL(target or not) + `beta` * KL(among the others), else as `distillation`.
 
     `distillation` itself has alpha 1 and beta 1 - p, where p is the teacher's probability of the target: the surer the
     teacher, the less is learnt from what it thinks of other classes (Zhao et al. 2022, equations 6 and 7,
@@ -53,7 +53,7 @@ def decoupled(
 
 
 def _apart(logits_BK: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of (target, any other class), and those of the others, which follow the target and wrap around."""
+    """Return logits of (target, any other class), and those of the others, from the target on, wrapping around."""
     num_classes = logits_BK.shape[1]
     offset_K = torch.arange(num_classes, device=y_B.device)
     target_B1, others_BR = logits_BK.gather(1, (y_B[:, None] + offset_K) % num_classes).tensor_split([1], dim=1)
@@ -61,7 +61,7 @@ def _apart(logits_BK: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of features of one shape, the student's after its adapter; scalar.
+    """Return the mean squared error of features of one shape, the student's after its adapter; scalar.
 
     The hint of FitNets (Romero et al. 2014, equation 3, arxiv.org/abs/1412.6550), all along and not as a first phase.
     """
@@ -69,7 +69,7 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance, in [0, 2], of the two `attention_map`s at length 1, mean over the batch; scalar.
+    """Return the squared distance, in [0, 2], of the two normalised `attention_map`s, mean over the batch; scalar.
 
     The teacher's map is averaged, or repeated, to the size of the student's. Zagoruyko and Komodakis 2016, section 3.1,
     arxiv.org/abs/1612.03928; the authors' code (github.com/szagoruyko/attention-transfer) weighs it by 1000 / (H W).
@@ -81,7 +81,7 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Mean square over the channels of maps (B, C, H, W), or of tokens (B, N, D) as one row; (B, H, W)."""
+    """Return the mean square over the channels of maps (B, C, H, W), or of tokens (B, N, D) as one row; (B, H, W)."""
     return features.square().mean(1) if features.ndim == 4 else features.square().mean(2)[:, None]
 
 
@@ -213,7 +213,7 @@ class Distill(Compression):
         self.undo.callback(delattr, pl_module, "objective")
 
     def objective(self, learner: Learner, ours: Read, theirs: Read, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
-        """Labels, outputs and layers, weighed; stands for `Learner.objective` during the fit."""
+        """Return the weighted loss on labels, outputs and layers; replaces `Learner.objective` during the fit."""
         with torch.no_grad():
             target = self.teacher(x)
         loss = (1 - self.weight) * learner.training_loss(output, y)
@@ -272,11 +272,11 @@ def _name(path: str) -> str:
 
 
 def _channels_and_positions(features: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Of maps (B, C, H, W); the channels of tokens (B, N, D) and of vectors (B, D) come last."""
+    """Return channels and positions of maps (B, C, H, W), of tokens (B, N, D) or of vectors (B, D)."""
     shape = features.shape
     return (shape[1], shape[2:]) if len(shape) == 4 else (shape[-1], shape[1:-1])
 
 
 def _shape(features: Tensor) -> str:
-    """Of one sample: 16 x 8 x 8."""
+    """Return the shape of one sample as text: 16 x 8 x 8."""
     return " x ".join(map(str, features.shape[1:]))

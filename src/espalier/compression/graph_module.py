@@ -1,4 +1,4 @@
-"""A network as the graph that torch.export captures, which goes on behaving as an ordinary module.
+"""A network run through the graph that torch.export captured, which still behaves as an ordinary module.
 
 Quantizers need a graph. A bare graph module keeps neither training mode, nor hooks, nor the names of the network it
 came from; a `CapturedNet` owns the modules of the original network, so that names, masks, optimizer groups and
@@ -40,7 +40,7 @@ TINY_SCALE = 1e-12  # stands for gamma = 0, by which the output of the convoluti
 
 
 class Mode(NamedTuple):
-    """What the literals of a graph and the switches of its observers say."""
+    """The mode, training or evaluation, for which the constants and the observers of a graph are set."""
 
     training: bool
     observes: bool
@@ -48,7 +48,7 @@ class Mode(NamedTuple):
 
 
 class CapturedNet(nn.Module):
-    """The modules of a network, and the graph that is run instead of them.
+    """A network whose modules are kept, while a captured graph runs in place of their `forward`.
 
     `training` is read at each forward, however it was set. In evaluation nothing changes its state. `watched` holds
     the outputs of the modules that `watch` named, of the last forward.
@@ -69,11 +69,11 @@ class CapturedNet(nn.Module):
         self.run(graph)
 
     def _get_name(self) -> str:
-        """Return what tables and `repr` call it."""
+        """Return the name that tables and `repr` show."""
         return f"{self.name} as a graph"
 
     def run(self, graph: fx.Graph, meta: dict[str, Any] | None = None) -> None:
-        """Let `graph` be what `forward` runs; it reads the tensors of this module and is not registered in it."""
+        """Make `forward` run `graph`, which reads the tensors of this module and is not registered in it."""
         code = fx.GraphModule(self, graph)
         for registry in ("_parameters", "_buffers", "_modules"):
             code.__dict__[registry] = getattr(self, registry)
@@ -83,7 +83,7 @@ class CapturedNet(nn.Module):
 
     @property
     def graph(self) -> fx.Graph:
-        """To be read; change it through the functions of this file."""
+        """Return the graph for reading; change it only through the functions of this file."""
         return self.code.graph
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class CapturedNet(nn.Module):
         return output
 
     def switch(self) -> None:
-        """Let the graph follow `training` and what is frozen; `forward` does."""
+        """Adapt the graph to `training` and to what is frozen; each `forward` calls this."""
         trains = self.training
         mode = Mode(trains, trains and not self.frozen_observers, trains and not self.frozen_statistics)
         if mode == self._mode:
@@ -113,10 +113,10 @@ class CapturedNet(nn.Module):
         self._mode = mode
 
     def watch(self, names: Sequence[str]) -> None:
-        """From the next forward on, keep the outputs of these modules in `watched`; no names: none.
+        """Keep the outputs of these modules in `watched` from the next forward on; an empty list keeps none.
 
         Raises:
-            ConfigError: a module that is not there, or that computes nothing.
+            ConfigError: a module does not exist or computes nothing.
         """
         graph = copy.deepcopy(self.graph)
         nodes = {name: node for node in graph.nodes if node.op == "call_function" for name in module_names(node)}
@@ -140,7 +140,7 @@ class CapturedNet(nn.Module):
 
 
 def capture(model: nn.Module, input_shape: Sequence[int]) -> CapturedNet:
-    """Return the graph of `model` for batches of 1 to MAX_BATCH; it holds the modules and tensors of `model` itself.
+    """Return the graph of `model` for batches of 1 to MAX_BATCH; it shares modules and tensors with `model`.
 
     Raises:
         ConfigError: the network cannot be captured.
@@ -168,13 +168,13 @@ def capture(model: nn.Module, input_shape: Sequence[int]) -> CapturedNet:
 
 
 def module_names(node: fx.Node) -> Iterator[str]:
-    """Paths of the modules in whose `forward` the node was made, outermost first."""
+    """Yield the paths of the modules in whose `forward` the node was made, outermost first."""
     for path, _ in node.meta.get("nn_module_stack", {}).values():
         yield path.partition("@")[0]  # a second call of the same module is `path@1`
 
 
 def fuse_batch_norm(graph: fx.Graph) -> None:
-    """Let each convolution before a batch norm use `weight * gamma / std`, and divide its output by that factor.
+    """Make each convolution before a batch norm use `weight * gamma / std`, and divide its output by that factor.
 
     The result is the same; quantizers now see the weights that `fold_batch_norm` will leave.
     """
@@ -198,7 +198,7 @@ def fuse_batch_norm(graph: fx.Graph) -> None:
 
 @torch.no_grad()
 def fold_batch_norm(net: CapturedNet) -> None:
-    """Replace what `fuse_batch_norm` made by one convolution, with the weight and bias of both in evaluation."""
+    """Replace what `fuse_batch_norm` made by one convolution, which equals convolution and norm in evaluation."""
     graph = net.graph
     for plain in graph.find_nodes(op="call_function", target=unscale_output):
         conv, scale_node, bias_node = plain.args
@@ -220,7 +220,7 @@ def fold_batch_norm(net: CapturedNet) -> None:
 
 
 def norm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
-    """gamma / sqrt(variance + eps), by which batch norm multiplies a channel; TINY_SCALE instead of 0."""
+    """Return gamma / sqrt(variance + eps), the factor of batch norm per channel, with TINY_SCALE in place of 0."""
     scale = torch.rsqrt(variance + eps)
     return scale if gamma is None else torch.where(gamma == 0, TINY_SCALE, gamma * scale)
 
@@ -238,12 +238,12 @@ def unscale_output(output_BC: Tensor, scale_C: Tensor, bias_C: Tensor | None) ->
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that compute with this one; outputs that are only watched do not count."""
+    """Return the nodes that read this one to compute something; outputs that are only watched do not count."""
     return [user for user in node.users if user.op != "output"]
 
 
 def counts_batches(node: fx.Node) -> bool:
-    """Whether it is the counter of a batch norm."""
+    """Return whether the node counts the batches that a batch norm has seen."""
     counter = node.args[0] if node.target is ATEN.add_.Tensor else None
     return isinstance(counter, fx.Node) and str(counter.target).endswith("num_batches_tracked")
 
@@ -255,7 +255,7 @@ def _constant(net: CapturedNet, name: str, value: Tensor) -> fx.Node:
 
 
 def _tensor(net: CapturedNet, node: Any) -> Any:
-    """Return the parameter or buffer that a node of the graph stands for; None for None."""
+    """Return the parameter or buffer that a node of the graph stands for, or None for no node."""
     return None if node is None else attrgetter(node.target)(net)
 
 
@@ -267,5 +267,5 @@ def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _quantized(node: fx.Node) -> fx.Node:
-    """Return the fake-quantized value of a node where there is one."""
+    """Return the fake-quantized value of a node, or the node itself if it has none."""
     return next((user for user in readers(node) if user.op == "call_module"), node)

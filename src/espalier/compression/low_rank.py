@@ -31,7 +31,7 @@ Layer = nn.Linear | nn.Conv2d
 
 
 class LowRank(Compression):
-    """Each layer that gets cheaper by it is factorised, once, before training; the last layer stays whole.
+    """Factorises, once before training, each layer that gets cheaper by it; the last layer stays whole.
 
     `keep` is the share of the singular values of each layer, of their squares (energy), or of all parameters of the
     network, which then get the same share of energy in each layer.
@@ -70,7 +70,7 @@ class LowRank(Compression):
 
     @staticmethod
     def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-        """Factorise the same layers; their weights are to be loaded."""
+        """Factorise the same layers; the caller loads their weights."""
         for path, rank in entry["ranks"].items():
             layer = model.get_submodule(path)
             if not isinstance(layer, Layer):
@@ -84,7 +84,7 @@ class LowRank(Compression):
         return model
 
     def _ranks(self, model: nn.Module) -> dict[str, int]:
-        """Return the rank of each layer that is to be factorised."""
+        """Return the rank of each layer that will be factorised."""
         layers = factorisable(model, self.skip)
         spectra = {path: torch.linalg.svdvals(matrix(layer.weight.detach().double())) for path, layer in layers.items()}
 
@@ -110,13 +110,13 @@ class LowRank(Compression):
         return ranks(step / GRID)
 
     def _cheaper(self, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, int]:
-        """Ranks as multiples of `round_to`, of the layers that need fewer parameters and multiplications then."""
+        """Return ranks rounded up to multiples of `round_to`, without the layers that would not become cheaper."""
         rounded = {path: self.round_to * ceil(max(1, rank) / self.round_to) for path, rank in ranks.items()}
         return {path: rank for path, rank in rounded.items() if is_cheaper(layers[path], rank)}
 
 
 def factorisable(model: nn.Module, skip: Sequence[str]) -> dict[str, Layer]:
-    """Linear layers and convolutions without groups, by path, outside of `skip`; the last layer is not among them."""
+    """Return the linear layers and ungrouped convolutions by path, outside of `skip` and without the last layer."""
     kinds = (nn.Linear, nn.Conv2d)  # not subclasses: their forward may be another
     layers = {path: module for path, module in model.named_modules() if type(module) in kinds}
     last = next(reversed(layers), None)
@@ -128,22 +128,22 @@ def factorisable(model: nn.Module, skip: Sequence[str]) -> dict[str, Layer]:
 
 
 def matrix(weight: Tensor) -> Tensor:
-    """(O, I) or (O, I, K, L) as the matrix (I * K, O * L) whose rank is that of the two layers."""
+    """Return a weight (O, I) or (O, I, K, L) as a matrix (I * K, O * L), whose rank is that of the two layers."""
     weight_OIKL = weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1)))
     return weight_OIKL.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
 
 def rank_of(spectrum: Tensor, energy: float) -> int:
-    """Return the fewest singular values whose squares make up the share `energy` of all; at least 1."""
+    """Return the smallest number of singular values whose squares sum to the share `energy` of all; at least 1."""
     shares = spectrum.square().cumsum(0)
     return min(len(shares), 1 + int((shares < energy * shares[-1]).sum()))
 
 
 @torch.no_grad()
 def factorise(layer: Layer, rank: int) -> nn.Sequential:
-    """Two layers whose product is the best approximation of `layer` of this rank; exact at full rank.
+    """Return two layers whose product is the best approximation of `layer` of this rank; exact at full rank.
 
-    Both get the square root of the singular values, so that they train at the same pace.
+    Each gets the square root of the singular values, so that both train at the same pace.
     """
     left, values, right = torch.linalg.svd(matrix(layer.weight.double()), full_matrices=False)
     root_R = values[:rank].sqrt()
@@ -159,7 +159,7 @@ def factorise(layer: Layer, rank: int) -> nn.Sequential:
 
 
 def two_layers(layer: Layer, rank: int) -> nn.Sequential:
-    """`reduce` to `rank` channels, then `expand` to the outputs of `layer`; without weights."""
+    """Return `reduce` to `rank` channels followed by `expand` to the outputs of `layer`; weights are not set."""
     place = {"dtype": layer.weight.dtype, "device": layer.weight.device}
     has_bias = layer.bias is not None
     reduce: nn.Module
@@ -179,19 +179,19 @@ def two_layers(layer: Layer, rank: int) -> nn.Sequential:
 
 
 def params(layer: Layer, rank: int) -> int:
-    """Weights of both layers, without bias."""
+    """Return the number of weights of both layers, without bias."""
     return rank * sum(matrix(layer.weight).shape)
 
 
 def is_cheaper(layer: Layer, rank: int) -> bool:
-    """Whether both layers together have fewer weights than `layer`, and fewer multiplications."""
+    """Return whether both layers together have fewer weights and fewer multiplications than `layer`."""
     rows, columns = matrix(layer.weight).shape
     stride = layer.stride[1] if isinstance(layer, nn.Conv2d) and layer.kernel_size[1] > 1 else 1
     return rank * (rows * stride + columns) < layer.weight.numel()  # the first layer sees the whole width
 
 
 def _axis(layer: nn.Conv2d, axis: int) -> dict[str, Any]:
-    """Return what a convolution does along one axis, as arguments for one that does nothing along the other."""
+    """Return the arguments of a convolution that works along one axis as the original, and not along the other."""
     values: dict[str, Any] = {}
     for name, idle in {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
         value = getattr(layer, name)

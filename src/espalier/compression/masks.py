@@ -21,9 +21,9 @@ Masked = dict[str, tuple[nn.Parameter, Tensor]]  # the name of a parameter: that
 
 
 def prunable(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Kernels and matrices by name, outside the modules in `skip`; biases, norms and embeddings of positions are none.
+    """Return kernels and matrices by name, outside the modules in `skip`; no biases, norms or position embeddings.
 
-    A name tells, not the type of the module: a captured network has plain containers instead of layers.
+    They are told by name, not by the type of the module: a captured network has plain containers instead of layers.
     """
     return {
         name: parameter
@@ -34,14 +34,14 @@ def prunable(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Parameter]:
 
 
 def require_prunable(model: nn.Module, skip: Sequence[str], method: str) -> None:
-    """Raise `ConfigError` if `skip` names what is no module, or leaves nothing to prune."""
+    """Raise `ConfigError` if `skip` names something that is no module, or leaves nothing to prune."""
     require_modules(skip, model, f"compression.{method}.skip")
     if not prunable(model, skip):
         raise ConfigError(f"compression.{method}.skip={list(skip)}: leaves no layer to prune; skip fewer")
 
 
 def attach(model: nn.Module, names: Iterable[str]) -> None:
-    """Give each of these parameters a mask that keeps everything; one that has a mask keeps the mask it has."""
+    """Give each of these parameters a mask that keeps everything, unless it has a mask already."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -51,7 +51,7 @@ def attach(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def masked(model: nn.Module) -> Masked:
-    """Every parameter that has a mask, whichever method gave it."""
+    """Return every parameter that has a mask, whichever method made the mask."""
     parameters = dict(model.named_parameters())
     masks = {name.removesuffix(SUFFIX): mask for name, mask in model.named_buffers() if name.endswith(SUFFIX)}
     return {name: (parameters[name], mask) for name, mask in masks.items() if name in parameters}
@@ -59,7 +59,7 @@ def masked(model: nn.Module) -> Masked:
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Write the zeros into the weights for good, and drop the masks."""
+    """Write the zeros into the weights for good, and remove the masks."""
     for name, (weight, mask) in masked(model).items():
         weight.masked_fill_(~mask, 0)  # not -0.0, which a product may leave: equal, but harder to compress
         path, _, leaf = name.rpartition(".")
@@ -67,19 +67,19 @@ def fold(model: nn.Module) -> None:
 
 
 def sparsity(tensors: Iterable[Tensor]) -> float:
-    """Share of entries that are zero or False, over all tensors together; counted."""
+    """Return the share of entries that are zero or False, counted over all tensors together."""
     tensors = list(tensors)
     return 1 - sum(int(tensor.count_nonzero()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
 
 
 def magnitude(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return what a weight is ranked by: its absolute value; below one that happens to be zero where it is masked."""
+    """Return the absolute values by which a weight is ranked; masked entries rank below others that are zero."""
     return weight.detach().abs().clamp(min=torch.finfo(weight.dtype).tiny) * mask
 
 
 @torch.no_grad()
 def prune(pairs: Iterable[tuple[nn.Parameter, Tensor]], keeps: Iterable[Tensor]) -> bool:
-    """Mask what is not to be kept, on top of what is masked already; return whether that is anything new."""
+    """Mask the entries that are False in `keeps`, besides those masked already; return whether any entry is new."""
     changes = []
     for (weight, mask), keep in zip(pairs, keeps, strict=True):
         changes.append((mask & ~keep).any())
@@ -89,7 +89,7 @@ def prune(pairs: Iterable[tuple[nn.Parameter, Tensor]], keeps: Iterable[Tensor])
 
 
 class KeepMasks(L.Callback):
-    """Masked weights are zero after every step, whatever the momentum and decay of the optimizer make of them.
+    """Keeps masked weights at zero after every step, whatever the momentum and decay of the optimizer make of them.
 
     Their gradients are zero before the norm is clipped: as if the product of weight and mask were trained.
     """
@@ -99,7 +99,7 @@ class KeepMasks(L.Callback):
 
     @staticmethod
     def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-        """Attach masks that keep everything, for those of a checkpoint to be loaded into."""
+        """Attach masks that keep everything; the caller loads those of a checkpoint into them."""
         attach(model, entry["names"])
         return model
 
@@ -132,7 +132,7 @@ def _multiply(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def require_whole_run(trainer: L.Trainer, method: str) -> None:
-    """Raise `ConfigError` if something may end the run before its last step, and so with too few zeros."""
+    """Raise `ConfigError` if something may end the run before its last step, and so before all zeros are set."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping | Timer):
             cause = "trainer.max_time" if isinstance(callback, Timer) else "callbacks.early_stopping"
@@ -140,13 +140,13 @@ def require_whole_run(trainer: L.Trainer, method: str) -> None:
 
 
 def step_at(share: float, trainer: L.Trainer) -> int:
-    """Return the step at this share of the run; the last one at most, so that something is trained from there on."""
+    """Return the step at this share of the run, at most the last one, so that at least one step follows."""
     total_steps = int(trainer.estimated_stepping_batches)
     return min(round(share * total_steps), total_steps - 1)
 
 
 def forget_best(trainer: L.Trainer) -> None:
-    """Let the best checkpoint be one of those to come; earlier ones had fewer zeros, and go unless all are kept."""
+    """Let only later checkpoints compete for the best; delete earlier ones, with fewer zeros, unless all are kept."""
     for keeper in trainer.checkpoint_callbacks:
         if not isinstance(keeper, ModelCheckpoint) or not keeper.best_k_models:
             continue
@@ -159,5 +159,5 @@ def forget_best(trainer: L.Trainer) -> None:
 
 
 def latest(history: Sequence[Mapping[str, Any]], method: str) -> Mapping[str, Any]:
-    """Return the last entry of this method."""
+    """Return the last entry of this method in the history."""
     return next(entry for entry in reversed(history) if entry["method"] == method)

@@ -46,10 +46,10 @@ Factor = Annotated[float, Gt(1)]
 
 
 class PruneChannels(Compression):
-    """Residual branches first, then channels and heads, once, before training; the network's outputs all stay.
+    """Removes residual branches, then channels and heads, once before training; the network's outputs all stay.
 
-    With `budget=ratio` each layer loses the share `ratio`, or all together where `is_global`. With macs or latency it
-    is the smallest ratio that makes the network `speedup` times cheaper than it was.
+    With `budget=ratio` each layer loses the share `ratio`, or all layers together where `is_global`. With macs or
+    latency the smallest ratio is taken that makes the network `speedup` times cheaper than it was.
     """
 
     stage: ClassVar[Stage] = Stage.STRUCTURE
@@ -130,7 +130,7 @@ class PruneChannels(Compression):
 
     @staticmethod
     def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-        """Leave the same branches and sizes."""
+        """Remove the same branches and give the same sizes; the caller loads weights next."""
         return reshape(drop(model, entry["dropped"]), entry["sizes"])
 
     @staticmethod
@@ -148,7 +148,7 @@ class PruneChannels(Compression):
         return needed_activations(model, paths, batch.x[:1])
 
     def _ranked(self, model: nn.Module) -> tuple[list[Group], list[Tensor]]:
-        """Return groups whose channels the criterion can compare, with the score of each unit of channels."""
+        """Return the groups that the criterion can compare, with the score of each unit of channels."""
         groups = coupled(model, self.spec.shape, self.skip)
         if self.criterion == "bn_scale":
             groups = [group for group in groups if any(part.role == "scales" for part in group.parts)]
@@ -187,14 +187,17 @@ class PruneChannels(Compression):
 
 @torch.no_grad()
 def weight_scores(model: nn.Module, groups: Sequence[Group], criterion: Magnitude) -> list[Tensor]:
-    """How much each channel of each group matters by its weights alone, not negative."""
+    """Return how much each channel of each group matters by its weights alone; no score is negative."""
     measure, roles = MAGNITUDES[criterion]
     measured = {name: measure(weight) for name, weight in _weights(model).items()}
     return [channel_sums(group, measured, roles) for group in groups]
 
 
 def taylor_scores(model: nn.Module, groups: Sequence[Group], batch: Batch, loss: Loss) -> list[Tensor]:
-    """Squared change of the loss, to first order, when no weight reads a channel any more; mean over minibatches."""
+    """Return a score per channel of each group: the squared first-order change of the loss if nothing reads it.
+
+    The scores of minibatches are averaged, weighted by their size.
+    """
     trial = copy.deepcopy(model).eval().requires_grad_(True)
     weights = _weights(trial)
     scores = [torch.zeros(group.num_channels) for group in groups]
@@ -209,7 +212,7 @@ def taylor_scores(model: nn.Module, groups: Sequence[Group], batch: Batch, loss:
 
 
 def channel_sums(group: Group, tensors: Mapping[str, Tensor], roles: Sequence[Role]) -> Tensor:
-    """Return the sum of what each channel has in tensors that have one of the `roles`; shape (num_channels,)."""
+    """Return per channel the sum over all tensors that have one of the `roles` in the group; shape (num_channels,)."""
     sums = torch.zeros(group.num_channels)
     for part in group.parts:
         for name, axis in part.tensors.items() if part.role in roles else ():
@@ -228,7 +231,7 @@ def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def least(
     groups: Sequence[Group], scores: Sequence[Tensor], ratio: float, round_to: int, is_global: bool
 ) -> list[Tensor]:
-    """Return the channels of each group that go; `scores` has one for each unit: the channels at one place."""
+    """Return the channels of each group to remove; `scores` has one value per unit, the channels at one place."""
     shares = global_shares(scores, ratio) if is_global and scores else [ratio] * len(scores)
     gone = []
     for group, score, share in zip(groups, scores, shares, strict=True):
@@ -239,14 +242,17 @@ def least(
 
 
 def lowest(scores: Tensor, share: float, step: int) -> Tensor:
-    """Places of the lowest scores, about `share` of them: so many that a multiple of `step` stays, at least one."""
+    """Return the positions of the lowest scores, about `share` of them.
+
+    What stays is a multiple of `step`, at least `step` itself.
+    """
     num = len(scores)
     keep = max(step, step * round((1 - share) * num / step))
     return scores.argsort(stable=True)[: max(0, num - keep)]  # ties fall in index order
 
 
 def global_shares(scores: Sequence[Tensor], ratio: float) -> list[float]:
-    """Return each group's share of the lowest `ratio` of all scores, once each is divided by its group's mean."""
+    """Return the share of each group among the lowest `ratio` of all scores, each divided by its group's mean."""
     flat = torch.cat([score / score.mean().clamp(min=torch.finfo(score.dtype).tiny) for score in scores])
     is_low = torch.zeros(len(flat))
     is_low[flat.argsort(stable=True)[: round(ratio * len(flat))]] = 1
@@ -255,7 +261,7 @@ def global_shares(scores: Sequence[Tensor], ratio: float) -> list[float]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batch: Batch, loss: Loss) -> float:
-    """Mean over the samples, of the model as it is."""
+    """Return the mean loss over the samples; the mode of the model is not changed."""
     return sum(float(loss(model(x), y)) * len(x) for x, y in _chunks(batch)) / len(batch.x)
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def keep_mask(weight: Tensor, sparsity: float) -> Tensor:
-    """Boolean mask that keeps the largest magnitudes; exactly `round(sparsity * n)` entries are False."""
+    """Return a boolean mask that keeps the largest magnitudes; exactly `round(sparsity * n)` entries are False."""
     drop = round(sparsity * weight.numel())
     order = weight.abs().flatten().argsort(stable=True)  # ties fall in index order, so every rank agrees
     mask = torch.ones_like(order, dtype=torch.bool)
@@ -32,16 +32,16 @@ def keep_mask(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_masks(weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-    """`keep_mask` of all weights ranked together: some lose more than others."""
+    """Return a mask per weight, with all entries ranked together, so that some weights lose more than others."""
     mask = keep_mask(torch.cat([weight.flatten() for weight in weights]), sparsity)
     parts = mask.split([weight.numel() for weight in weights])
     return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
 def sparsity_at(step: int, first: int, last: int, initial: float, final: float) -> float:
-    """From `initial` at step `first` to `final` at `last`: fast while much is superfluous, then ever more slowly.
+    """Return the sparsity at a step: a cubic from `initial` at step `first` to `final` at `last`, steep at first.
 
-    A cubic; Zhu and Gupta 2017, equation 1.
+    Zhu and Gupta 2017, equation 1.
     """
     if step >= last:
         return final
@@ -51,7 +51,7 @@ def sparsity_at(step: int, first: int, last: int, initial: float, final: float) 
 
 
 class PruneMagnitude(masks.KeepMasks, Compression):
-    """Zeros grow to `sparsity` between the shares `start` and `end` of the run; the rest of it trains what is left.
+    """Grows the share of zeros to `sparsity` between the shares `start` and `end` of the run, and trains the rest.
 
     A network that has zeros already keeps them: they count, and the schedule starts from their share.
     `rewind` sets what is kept back to the parameters of the first step once the masks are final, and empties the

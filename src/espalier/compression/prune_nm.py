@@ -19,7 +19,7 @@ from espalier.spec import Entry
 
 
 def keep_nm(weight: Tensor, n: int, m: int) -> Tensor:
-    """Boolean mask that keeps the `n` largest magnitudes of each `m` consecutive ones along dimension 1."""
+    """Return a boolean mask that keeps the `n` largest magnitudes of each `m` consecutive ones along dimension 1."""
     groups = weight.abs().movedim(1, -1).unflatten(-1, (-1, m))
     order = groups.argsort(stable=True)  # ties fall in index order, so every rank agrees
     mask = torch.ones_like(order, dtype=torch.bool).scatter(-1, order[..., : m - n], False)
@@ -27,7 +27,7 @@ def keep_nm(weight: Tensor, n: int, m: int) -> Tensor:
 
 
 class PruneNM(masks.KeepMasks, Compression):
-    """`n` of each `m` weights stay, from the share `start` of the run on; the rest of it trains them.
+    """Keeps `n` of each `m` weights from the share `start` of the run on, and trains them.
 
     Layers whose number of input channels is no multiple of `m` stay dense: a first layer, as a rule. What is zero
     already stays so, and counts. Only checkpoints from then on compete for the best.
@@ -54,7 +54,7 @@ class PruneNM(masks.KeepMasks, Compression):
             )
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether the inputs of this layer fall into whole groups."""
+        """Return whether the number of inputs of this layer is a multiple of `m`."""
         return weight.shape[1] % self.m == 0
 
     def apply(self, model: nn.Module) -> tuple[nn.Module, Entry]:

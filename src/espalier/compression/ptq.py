@@ -24,7 +24,7 @@ MIN_LINEAR = 0.5  # of the parameters; a CNN with 16 % in linear layers gets 1.1
 
 
 class PTQ(EightBits):
-    """Quantizes the trained network; `num_samples` calibrate the ranges of activations where these are fixed."""
+    """Quantizes the trained network; `num_samples` samples calibrate the ranges of activations that are fixed."""
 
     trains: ClassVar[bool] = False
 
@@ -62,6 +62,6 @@ class PTQ(EightBits):
 
 
 def linear_share(model: nn.Module, skip: Sequence[str]) -> float:
-    """Return what linear layers hold of the parameters of all layers and convolutions outside the modules in `skip`."""
+    """Return the share of parameters that linear layers hold, among all layers and convolutions outside of `skip`."""
     sizes = {layer: count_params(layer) for _, layer in layers(model, skip)}
     return sum(size for layer, size in sizes.items() if isinstance(layer, nn.Linear)) / sum(sizes.values())

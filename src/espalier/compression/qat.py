@@ -30,7 +30,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class EightBits(Compression):
-    """Share what `qat` and `ptq` have in common: all but when the ranges are found."""
+    """The common part of `qat` and `ptq`, which differ in when the ranges are found."""
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
 
@@ -40,7 +40,7 @@ class EightBits(Compression):
 
     @staticmethod
     def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-        """Return the network that rounds; a `CapturedNet` where ranges are fixed beforehand."""
+        """Return the network that rounds: a `CapturedNet` if its ranges are fixed beforehand."""
         if entry["mode"] == "static":
             return prepare(capture(model, entry["input_shape"]), make_quantizer(entry["target"], entry["skip"]))
         for _, layer in layers(model, entry["skip"]):
@@ -50,7 +50,7 @@ class EightBits(Compression):
 
     @staticmethod
     def finalize(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-        """Return integers where ranges are fixed, plain linear layers where the runtime quantizes."""
+        """Return a network of integers if ranges are fixed, or of plain linear layers if the runtime quantizes."""
         if isinstance(model, CapturedNet):
             return convert(model)
         for layer in model.modules():
@@ -60,7 +60,7 @@ class EightBits(Compression):
 
     @staticmethod
     def conversion(entry: Mapping[str, Any]) -> Conversion | None:
-        """Leave a network whose ranges are found at run time to ONNX Runtime's own tool."""
+        """Leave quantization to ONNX Runtime's own tool if ranges are found at run time."""
         return Conversion("dynamic", BITS, skip=tuple(entry["skip"])) if entry["mode"] == "dynamic" else None
 
 
@@ -102,16 +102,16 @@ class QAT(EightBits):
 
 
 class RoundedLinear(nn.Linear):
-    """A linear layer that computes with what 8 bits can hold; the same object otherwise, with its names and masks."""
+    """A linear layer that computes with 8-bit values; it is the same object as before, with its names and masks."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(round_inputs(x), round_weight(self.weight), self.bias)
 
 
 def round_inputs(x_BX: Tensor) -> Tensor:
-    """Each sample on the 256 values between its least and its largest; 0 is one of them.
+    """Return inputs rounded, each sample to 256 equally spaced values from its minimum to its maximum, 0 among them.
 
-    What ONNX Runtime does with a batch of one (operator DynamicQuantizeLinear).
+    ONNX Runtime does the same with a batch of one (operator DynamicQuantizeLinear).
     """
     low_B, high_B = x_BX.detach().float().flatten(1).aminmax(dim=1)
     low_B, high_B = low_B.clamp(max=0), high_B.clamp(min=0)
@@ -121,24 +121,24 @@ def round_inputs(x_BX: Tensor) -> Tensor:
 
 
 def round_weight(weight_NK: Tensor) -> Tensor:
-    """Each row on the 255 values between minus and plus its largest magnitude."""
+    """Return weights rounded, each row to 255 equally spaced values between minus and plus its largest magnitude."""
     scale_N = (weight_NK.detach().float().abs().amax(1) / 127).clamp(min=MIN_SCALE)
     zero_N = torch.zeros_like(scale_N, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(weight_NK, scale_N, zero_N, 0, -127, 127)
 
 
 def natural_mode(model: nn.Module, target: Target) -> Mode:
-    """Dynamic where ONNX Runtime runs a network whose only convolutions cut an image into patches; else static."""
+    """Return `dynamic` for ONNX Runtime and a network whose only convolutions cut images into patches, or `static`."""
     return "static" if target != "onnxruntime" or any(map(_overlaps, model.modules())) else "dynamic"
 
 
 def make_entry(mode: Mode, target: Target, skip: Sequence[str], spec: DataSpec) -> Entry:
-    """All that `replay` needs, in plain values."""
+    """Return all that `replay` needs, in plain values."""
     return {"mode": mode, "target": target, "skip": list(skip), "input_shape": list(spec.shape)}
 
 
 def check_skip(model: nn.Module, method: str, skip: Sequence[str]) -> None:
-    """Raise `ConfigError` if a name in `skip` is no module, or if they leave nothing to quantize."""
+    """Raise `ConfigError` if a name in `skip` is no module, or if `skip` leaves nothing to quantize."""
     require_modules(skip, model, f"compression.{method}.skip")
     if not any(layers(model, skip)):
         raise ConfigError(
@@ -147,12 +147,12 @@ def check_skip(model: nn.Module, method: str, skip: Sequence[str]) -> None:
 
 
 def layers(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers and convolutions by name, without those in the modules named `skip`."""
+    """Yield linear layers and convolutions with their names, without those in the modules named `skip`."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not is_inside(name, skip):
             yield name, module
 
 
 def _overlaps(module: nn.Module) -> bool:
-    """Whether it is a convolution that is more than one linear layer for each patch of an image."""
+    """Return whether the module is a convolution that does more than apply a linear layer to separate patches."""
     return isinstance(module, CONVOLUTIONS) and (module.kernel_size != module.stride or max(module.kernel_size) == 1)

@@ -1,4 +1,4 @@
-"""A captured network with quantizers in it: prepared, calibrated, converted."""
+"""Put quantizers into a captured network, calibrate them, and convert the network to integers."""
 
 import copy
 import logging
@@ -32,7 +32,7 @@ CALIBRATION_BATCH = 64
 
 
 def prepare(net: CapturedNet, quantizer: Quantizer) -> CapturedNet:
-    """Round the values of a network, in place, to grids whose ranges it observes; none is known yet."""
+    """Insert quantizers into a network, in place; their ranges are not known until values are observed."""
     code = quantizer.transform_for_annotation(net.code)
     quantizer.annotate(code)
     quantizer.validate(code)
@@ -64,9 +64,9 @@ def prepare(net: CapturedNet, quantizer: Quantizer) -> CapturedNet:
 
 @torch.no_grad()
 def calibrate(net: CapturedNet, x: Tensor) -> None:
-    """Fix the ranges of a prepared network: of weights as they are, of values from the samples `x`, not rounded.
+    """Fix the ranges of a prepared network: of weights from their values, of activations from the samples `x`.
 
-    A range is the one that loses least of the histogram of what was seen, in mean square.
+    Nothing is rounded meanwhile. The range is the one with the least mean square error on the histogram of the values.
     """
     net.eval().switch()
     histograms: dict[FakeQuantize, HistogramObserver] = {}
@@ -96,7 +96,7 @@ def calibrate(net: CapturedNet, x: Tensor) -> None:
 
 
 def convert(net: CapturedNet) -> CapturedNet:
-    """Return a new network that computes with the integers that the prepared one has learnt, batch norm folded."""
+    """Return a new network that computes with the integers of the prepared one, batch norm folded."""
     net = copy.deepcopy(net)
     net.watch(())
     net.eval().switch()
@@ -113,12 +113,12 @@ def convert(net: CapturedNet) -> CapturedNet:
 
 
 def _grids(net: CapturedNet) -> list[FakeQuantize]:
-    """Each once, though values that only change their place share theirs."""
+    """Return every FakeQuantize once, also where several values share it."""
     return [module for module in net.children() if isinstance(module, FakeQuantize)]
 
 
 def _set_channels(grid: FakeQuantize, num_channels: int) -> None:
-    """Give the buffers the shapes of after the first forward, so that a state dict fits before it."""
+    """Give the buffers the shapes that they have after the first forward, so that a state dict fits before it."""
     grid.scale.resize_(num_channels).fill_(1)
     grid.zero_point.resize_(num_channels).fill_(0)
     grid.activation_post_process.min_val.resize_(num_channels).fill_(torch.inf)
@@ -126,7 +126,7 @@ def _set_channels(grid: FakeQuantize, num_channels: int) -> None:
 
 
 class _Annotated(Quantizer):
-    """Stands for the quantizer that has annotated the graph already."""
+    """A quantizer for a graph that is annotated already: it adds nothing."""
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         return model

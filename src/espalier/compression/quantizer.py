@@ -1,4 +1,4 @@
-"""Where a captured network is quantized: activations as uint8 with a scale and a zero point, weights as int8.
+"""Choose where a captured network is quantized: uint8 activations with a scale and a zero point, int8 weights.
 
 ONNX Runtime runs an operator in integers only if every input and its output are quantized, with unsigned activations
 on x86; torchao's own quantizers leave outputs or residual sums in float, and a network quantized so is slower than the
@@ -73,7 +73,7 @@ ANNOTATION = "quantization_annotation"  # where torchao looks
 
 
 class Grid(FusedMovingAvgObsFakeQuantize):
-    """Rounds to a grid whose ends follow the values seen; `convert` gets the very grid that was trained with."""
+    """Rounds to a grid whose ends follow the values seen; `convert` uses the same grid as training."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())  # torch has no kernel for what mixed precision computes with
@@ -113,7 +113,7 @@ class OnnxRuntimeQuantizer(Quantizer):
         self.skip = frozenset(skip)
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Write operators without an integer kernel as ones that have it."""
+        """Replace operators without an integer kernel by equal ones that have one."""
         for node in model.graph.find_nodes(op="call_function", target=ATEN.silu.default):
             with model.graph.inserting_before(node):
                 gate = model.graph.call_function(ATEN.sigmoid.default, node.args)
@@ -147,7 +147,7 @@ class OnnxRuntimeQuantizer(Quantizer):
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
-        """Nothing to check: what is not annotated stays float."""
+        """Accept every model: what is not annotated stays float."""
 
 
 def make_quantizer(target: Target, skip: Sequence[str]) -> Quantizer:
@@ -180,7 +180,7 @@ def _annotate(node: fx.Node, inputs: Sequence[fx.Node], output: fx.Node | None, 
 
 
 def _bias(layer: fx.Node) -> DerivedQuantizationSpec:
-    """Return the grid of the sums of products, which the runtime does not find for a layer whose output stays float."""
+    """Return the grid of a layer's sums of products; the runtime cannot derive it if the output stays float."""
     source: Any = layer.args[0]
     reader = layer
     while source.target in DROPOUTS:
@@ -202,7 +202,7 @@ def _bias(layer: fx.Node) -> DerivedQuantizationSpec:
 
 
 def _last(node: fx.Node, *kinds: Set[Any]) -> fx.Node:
-    """Return the end of the chain of operators, one of each kind at most, that the runtime fuses into `node`."""
+    """Return the last of the operators that the runtime fuses into `node`; each kind is fused once at most."""
     for targets in kinds:
         users = readers(node)
         if len(users) == 1 and users[0].target in targets:

@@ -1,4 +1,4 @@
-"""Residual blocks as a whole: which of them can go, and what misses them least."""
+"""Removal of whole residual blocks: which can go, and which are missed least."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from espalier.models.blocks import Residual
 
 
 def removable(model: nn.Module, skip: Sequence[str]) -> list[str]:
-    """Residual blocks that still are a map of the right shape without their branch, and hold nothing of `skip`."""
+    """Return the paths of residual blocks with an identity as shortcut and nothing of `skip` in them."""
     return [
         path
         for path, block in model.named_modules()
@@ -21,7 +21,7 @@ def removable(model: nn.Module, skip: Sequence[str]) -> list[str]:
 
 
 def least_missed(model: nn.Module, blocks: Sequence[str], num: int, loss: Callable[[nn.Module], float]) -> list[str]:
-    """`num` blocks, one after the other that whose absence raises the loss least, in the order of the network."""
+    """Return `num` blocks in the order of the network, chosen one by one: next goes what raises the loss least."""
     trial = copy.deepcopy(model).eval()
     left = list(blocks)
     for _ in range(num):
@@ -33,7 +33,7 @@ def least_missed(model: nn.Module, blocks: Sequence[str], num: int, loss: Callab
 
 
 def drop(model: nn.Module, blocks: Mapping[str, bool]) -> nn.Module:
-    """Leave of each residual block its activation, or not even that where the value is False; in place."""
+    """Replace residual blocks, in place, by their activation alone, or by nothing if the value is False."""
     for path, keeps_activation in blocks.items():
         block = model.get_submodule(path)
         if not isinstance(block, Residual):
@@ -43,7 +43,7 @@ def drop(model: nn.Module, blocks: Mapping[str, bool]) -> nn.Module:
 
 
 def needed_activations(model: nn.Module, blocks: Sequence[str], x: Tensor) -> dict[str, bool]:
-    """Say whether the activation that is left of a block does anything: no ReLU does of what a ReLU returned."""
+    """Return whether the activation left of each block changes anything: a ReLU after a ReLU does not."""
     trial = drop(copy.deepcopy(model).eval(), dict.fromkeys(blocks, True))
     outputs: list[Tensor] = []  # of ReLUs; kept alive, so that no other tensor is taken for one of them
     needed: dict[nn.Module, bool] = {}

@@ -1,4 +1,4 @@
-"""Which layers a network can least spare: one at a time is pruned or quantized, and the loss of the whole is measured.
+"""Measure how much the loss grows when one layer at a time is pruned or quantized.
 
 After Han et al. 2015, arXiv 1506.02626, figure 6. Nothing is trained, so the ranking is what counts, not the size.
 """
@@ -25,9 +25,9 @@ Disturb = Callable[[nn.Module], AbstractContextManager[None]]
 def scan(
     model: nn.Module, samples: Batch, loss: Callable[[Tensor, Tensor], Tensor], disturb: Disturb
 ) -> dict[str, float]:
-    """How much the mean loss grows when `disturb` holds for one layer; by layer, the most sensitive first.
+    """Return how much the mean loss grows when `disturb` is applied to one layer alone; the most sensitive layer first.
 
-    The model is in evaluation mode and unchanged afterwards.
+    The model is set to evaluation mode; its weights are unchanged afterwards.
     """
     model.eval()
     layers = {
@@ -43,7 +43,7 @@ def scan(
 
 @contextmanager
 def pruned(layer: nn.Module) -> Iterator[None]:
-    """Half of the layer's weights, the smallest, are zero."""
+    """Set the smaller half of the layer's weights to zero inside the block."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     before = weight.detach().clone()
@@ -56,7 +56,7 @@ def pruned(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quantized(layer: nn.Module) -> Iterator[None]:
-    """Weights have 8 bits per output channel, inputs 8 bits per tensor, as in int8 runtimes."""
+    """Round the layer inside the block as int8 runtimes do: weights per output channel, inputs per tensor."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     before = weight.detach().clone()
@@ -70,13 +70,13 @@ def quantized(layer: nn.Module) -> Iterator[None]:
 
 
 def round_weight(weight: Tensor) -> Tensor:
-    """Round to the nearest of 255 values between minus and plus an output channel's largest (dimension 0)."""
+    """Return weights rounded to 255 equally spaced values between minus and plus the largest of an output channel."""
     scale = (weight.abs().flatten(1).amax(1) / 127).clamp(min=EPS).view(-1, *[1] * (weight.ndim - 1))
     return (weight / scale).round() * scale
 
 
 def _round_input(x: Tensor) -> Tensor:
-    """Return the nearest of 256 values between the smallest and the largest, zero among them."""
+    """Return values rounded to 256 equally spaced ones between the smallest and the largest, zero among them."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = ((high - low) / 255).clamp(min=EPS)
     zero = (-low / scale).round()

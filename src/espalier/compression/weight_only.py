@@ -28,10 +28,10 @@ MIN_SHARE = 0.1  # of the parameters; a convolutional network's head is less, an
 
 
 def encode(weight_NK: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    """Codes (N, J, B) in [0, 2**bits) and scales (N, J); a last block that is not full is padded with zeros.
+    """Return codes (N, J, B) in [0, 2**bits) and scales (N, J) of a weight (N, K) cut into J blocks of B inputs.
 
-    A weight is `(code - 2**(bits - 1)) * scale`. The scale makes the largest magnitude of a block the lowest code, so
-    encoding what was decoded gives the same codes and scales.
+    A last block that is not full is padded with zeros. A weight is `(code - 2**(bits - 1)) * scale`. The scale makes
+    the largest magnitude of a block the lowest code, so encoding what was decoded gives the same codes and scales.
     """
     half = 2 ** (bits - 1)
     blocks_NJB = F.pad(weight_NK, (0, -weight_NK.shape[1] % block)).unflatten(1, (-1, block))
@@ -42,13 +42,13 @@ def encode(weight_NK: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes_NJB: Tensor, scale_NJ: Tensor, bits: int, num_inputs: int) -> Tensor:
-    """Return the weights (N, K) that `encode` chose."""
+    """Return the weights (N, K) that codes and scales of `encode` stand for."""
     steps_NJB = codes_NJB.to(scale_NJ.dtype) - 2 ** (bits - 1)
     return (steps_NJB * scale_NJ[:, :, None]).flatten(1)[:, :num_inputs]
 
 
 class WeightOnly(Compression):
-    """Rounds the weights of linear layers to what will be deployed; nothing else changes, and nothing is trained."""
+    """Rounds the weights of linear layers to the values that will be deployed; trains nothing, changes nothing else."""
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
     trains: ClassVar[bool] = False
@@ -94,7 +94,7 @@ class WeightOnly(Compression):
 
 
 def linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]:
-    """Linear layers by name, outside the modules in `skip`."""
+    """Return the linear layers by name, outside the modules in `skip`."""
     return {
         name: layer
         for name, layer in model.named_modules()

@@ -1,1 +1,1 @@
-"""From the words of a command line to a configuration that is checked and holds no secret."""
+"""Turns the words of a command line into a configuration that is checked and holds no secret."""

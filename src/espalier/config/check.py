@@ -1,4 +1,4 @@
-"""From a `_target_` in a configuration to the object it names, and whether that object takes the arguments beside it.
+"""Find the object that a `_target_` names, and check the arguments beside it against its signature.
 
 A signature is the schema: names, types and ranges are compared before anything is built. This is the first place that
 imports torch and Lightning, after the configuration has composed.
@@ -82,13 +82,13 @@ KEYWORDS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_arg
 def check(cfg: DictConfig) -> None:
     """Raise `ConfigError` with one line for everything in `cfg` that cannot be built; build nothing.
 
-    Every `_target_` must resolve, accept its keys, and get values of the types and ranges its signature states.
+    Every `_target_` must resolve, accept its keys, and get values of the types and ranges that its signature states.
     """
     check_plain(OmegaConf.to_container(cfg, resolve=True))
 
 
 def check_plain(plain: Any) -> None:
-    """Raise `ConfigError` as `check` does, of a configuration in plain types."""
+    """Raise `ConfigError` as `check` does, for a configuration in plain types."""
     assert isinstance(plain, dict)
     problems = [problem for group, node in plain.items() for problem in _problems(node, str(group))]
     told = {problem.partition("=")[0] for problem in problems}
@@ -107,7 +107,7 @@ def _without_target(plain: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def _wrong_values(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Yield what no checkpoint could hold and no part could use, wherever it stands; each with its line."""
+    """Yield the key and the line of each value that no checkpoint can store or no part can use."""
     if isinstance(node, dict):
         for key, child in node.items():
             if not isinstance(key, str):
@@ -147,7 +147,7 @@ def _problems(node: Any, where: str) -> Iterator[str]:
 
 
 def _unfit(target: Any) -> str | None:
-    """Return what to use in place of a callback of Lightning, or of one that builds on it."""
+    """Return what to use in place of a callback of Lightning that does not work here, or None."""
     bases = [base for base in getattr(target, "__mro__", ()) if base.__module__.startswith("lightning.")]
     return next((UNFIT[base.__name__] for base in bases if base.__name__ in UNFIT), None)
 
@@ -189,7 +189,7 @@ def _contains_target(value: Any) -> bool:
 
 
 def _mismatch(value: Any, annotation: Any) -> str | None:
-    """Why `value` is not of this type or outside its range, or None; YAML lists stand for any sequence."""
+    """Return why `value` is not of this type or outside its range, or None; a YAML list may stand for any sequence."""
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticSchemaGenerationError, PydanticUserError):
@@ -211,7 +211,7 @@ def locate(target: str) -> Any:
     """Return the object that a dotted name stands for.
 
     Raises:
-        ConfigError: nothing has that name; the message offers the nearest one that exists.
+        ConfigError: nothing has that name; the message offers the nearest name that exists.
     """
     parts = target.split(".")
     for split in range(len(parts), 0, -1):

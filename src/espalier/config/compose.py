@@ -1,7 +1,7 @@
-"""From command-line words to a configuration that can be built, or to one clear line per problem.
+"""Turn command-line words into a configuration, or into one clear line per problem.
 
-`compose` turns overrides into a config; what it cannot compose, `diagnose` explains. Nothing here imports torch:
-a misspelt word is answered in under a second.
+`compose` turns overrides into a config; `diagnose` explains the overrides that do not compose. Nothing here imports
+torch: a misspelt word is answered in under a second.
 """
 
 import secrets
@@ -28,7 +28,7 @@ NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)  # what comp
 
 @dataclass
 class RunConfig:
-    """The closed top level of a configuration."""
+    """The top level of a configuration, which has these keys and no others."""
 
     seed: int = 0
     source: str | None = None
@@ -69,7 +69,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def diagnose(overrides: Sequence[str], error: Exception) -> list[str]:
-    """One line for each override that does not compose with the good ones before it."""
+    """Return one line for each override that does not compose with the valid ones before it."""
     good: list[str] = []
     problems: list[str] = []
     for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # groups decide which keys exist
@@ -111,7 +111,7 @@ def _explain(text: str, good: Sequence[str], why: Exception) -> str:
 
 
 def _no_such_key(key: str, cfg: DictConfig, good: Sequence[str]) -> str:
-    """Say what is meant by a key that this configuration lacks, as far as that can be told."""
+    """Return the line for a key that this configuration lacks, with what was probably meant."""
     parent, _, last = key.rpartition(".")
     known = [*groups(), *keys(cfg)]
     if not parent:
@@ -129,7 +129,7 @@ def _no_such_key(key: str, cfg: DictConfig, good: Sequence[str]) -> str:
 
 
 def _option_of(group: str, good: Sequence[str]) -> str:
-    """`data=digits`: the choice of a group; empty where it is none of one option."""
+    """Return the chosen option of a group as `data=digits`; empty if `group` is no group with one option."""
     if group not in groups():
         return ""
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="espalier"):
@@ -138,7 +138,7 @@ def _option_of(group: str, good: Sequence[str]) -> str:
 
 
 def _first_sentence(error: BaseException) -> str:
-    """Return the innermost reason: Hydra wraps what OmegaConf has to say."""
+    """Return the innermost reason of an error: Hydra wraps the messages of OmegaConf."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What lies in `conf/`: groups, options, their opening comments. Standard library only, so it is quick."""
+"""The files of `conf/`: groups, options, their opening comments. Standard library only, so it is quick."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ MOVED = {  # modules of targets, by the names that configurations of version 0.1
 
 
 def groups() -> dict[str, list[str]]:
-    """Every config group with its options, nested groups by their path (`data/augment`)."""
+    """Return every config group with its options; nested groups are named by their path (`data/augment`)."""
     found: dict[str, list[str]] = {}
     for file in sorted(CONF.rglob("*/*.yaml"), key=lambda file: (file.parent, file.stem)):
         found.setdefault(file.parent.relative_to(CONF).as_posix(), []).append(file.stem)
@@ -44,7 +44,7 @@ def summary(group: str, option: str) -> str:
 
 
 def package(group: str, option: str) -> str:
-    """Return where the keys of an option stand: `data.augment`; `_global_` is the top."""
+    """Return where the keys of an option stand, such as `data.augment`; `_global_` is the top."""
     first = (CONF / group / f"{option}.yaml").read_text().partition("\n")[0]
     return first.removeprefix("# @package ").strip() if first.startswith("# @package") else group.replace("/", ".")
 
@@ -56,7 +56,7 @@ def knobs(group: str, option: str) -> list[str]:
 
 
 def defaults() -> dict[str, str]:
-    """Return the option that each group starts with, as `config.yaml` lists them."""
+    """Return the default option of each group, as `config.yaml` lists them."""
     chosen: dict[str, str] = {}
     for line in (CONF / "config.yaml").read_text().splitlines():
         entry, _, _ = line.strip().removeprefix("- ").partition(" #")
@@ -67,7 +67,7 @@ def defaults() -> dict[str, str]:
 
 
 def _moved(node: Any) -> Any:
-    """Return the node with the present names of targets that moved since it was stored."""
+    """Return a stored node with the present names of targets that have moved since."""
     if isinstance(node, Mapping):
         return {key: _renamed(value) if key == "_target_" else _moved(value) for key, value in node.items()}
     return [_moved(each) for each in node] if isinstance(node, list) else node
@@ -79,7 +79,7 @@ def _renamed(target: Any) -> Any:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration as of today: targets that moved, knobs that options have got since."""
+    """Return a stored configuration brought up to date: moved targets renamed, new settings of its options added."""
     result = _moved(config)
     for group, added in ADDED.items():
         node = result.get(group)

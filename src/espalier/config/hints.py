@@ -1,4 +1,4 @@
-"""What was probably meant by a word that nothing has: the name that is close, the option that has it, the package."""
+"""Suggest what an unknown word was meant to be: a name that is close, an option that has the key, a missing package."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ INSTEAD = {  # keys that Lightning once had, or that others have, and what to sa
 
 
 def nearest(word: str, names: Sequence[str]) -> str:
-    """`; did you mean X?`, or nothing where no name is close."""
+    """Return `; did you mean X?`, or an empty text if no name is close."""
     last = word.rpartition(".")[2]
     by_last = {name.rpartition(".")[2]: name for name in names}
     close = get_close_matches(word, names, n=1, cutoff=0.6)
@@ -43,7 +43,7 @@ def nearest(word: str, names: Sequence[str]) -> str:
 
 
 def advice(key: str, names: Sequence[str]) -> str:
-    """`; did you mean X?` where a name is close to the last part of `key`; else which options have this key."""
+    """Return `; did you mean X?` if a name is close to the last part of `key`, else which options have the key."""
     if key in INSTEAD:
         return f"; {INSTEAD[key]}"
     by_last = {name.rpartition(".")[2]: name for name in names}
@@ -59,7 +59,7 @@ def advice(key: str, names: Sequence[str]) -> str:
 
 
 def names_in(parent: str) -> str:
-    """Return what an option of a list has, which is not chosen: `compression.qat`."""
+    """Return the keys of an option that is not chosen, such as `compression.qat`, as text."""
     group, _, option = parent.rpartition(".")
     group = group.replace(".", "/")
     own = _own_keys(group, option) if option in groups().get(group, []) else set()
@@ -69,7 +69,7 @@ def names_in(parent: str) -> str:
 
 @dataclass(frozen=True)
 class _Holder:
-    """An option that has a key; one of a list stands under its own name."""
+    """An option that has a key; an option of a list is named after itself."""
 
     group: str
     option: str
@@ -90,7 +90,7 @@ def _options_with(key: str) -> list[_Holder]:
 
 
 def _own_keys(group: str, option: str) -> set[str]:
-    """Of an option's file, and of those that it builds on."""
+    """Return the keys of an option's file and of the files that it builds on."""
     cfg = OmegaConf.load(CONF / group / f"{option}.yaml")
     assert isinstance(cfg, DictConfig)
     bases = [base for base in cfg.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
@@ -98,14 +98,14 @@ def _own_keys(group: str, option: str) -> set[str]:
 
 
 def missing_plugin(key: str, option: str) -> str:
-    """Say which package has this launcher or sweeper of Hydra's, or which ones there are."""
+    """Say which package brings this launcher or sweeper of Hydra, or which ones are installed."""
     if option in PLUGINS[key]:
         return f"{option} is not installed; run: pip install {PLUGINS[key][option]}"
     return f"no such option; {key} can be basic, or with a package of Hydra's {', '.join(PLUGINS[key])}"
 
 
 def keys(node: Any, where: str = "") -> Iterator[str]:
-    """Every key of a composed config by its dotted name, parents first."""
+    """Yield every key of a composed config by its dotted name, parents first."""
     for name in node:
         key = f"{where}{name}"
         yield key

@@ -1,4 +1,4 @@
-"""What a run takes over from the one that it starts from, or goes on from, and what of its words may differ."""
+"""Take over the configuration of the run that this one starts from or resumes, and refuse words that contradict it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,12 +23,12 @@ METHODS = ("optimizer", "scheduler", "compression", "callbacks", "logger")  # wh
 def from_source(
     cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str], *, may_change: Sequence[str]
 ) -> DictConfig:
-    """`cfg` with data, model and learner of the source; knobs of the data stay open.
+    """Return `cfg` with data, model and learner of the source; settings of the data may still be changed.
 
-    Groups in `may_change` (warm start, transfer learning) may be others if the command line, or an experiment, says so.
+    A group in `may_change` (warm start, transfer learning) may differ if the command line or an experiment says so.
 
     Raises:
-        ConfigError: the command line changes one of them although the source decides it.
+        ConfigError: the command line changes a group that the source decides.
     """
     overrides = parse(words)
     chosen = {_group(word) for word in overrides if "." not in word.key_or_group}
@@ -55,7 +55,7 @@ def from_source(
 
 
 def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
-    """Return the stored config of a run that goes on; only the trainer and stored secrets may differ from it.
+    """Return the stored config of a run that resumes; only the trainer and stored secrets may differ from it.
 
     Raises:
         ConfigError: another word asks for something that the run was not configured with.
@@ -93,7 +93,7 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
 
 
 def _differs(cfg: DictConfig, stored: Mapping[str, Any], word: Override, group: str) -> bool:
-    """Say whether this word asks for something else than the run has: its whole group, or the value it sets."""
+    """Return whether this word asks for another value, or another option of a group, than the run has."""
     if _plain(cfg[group]) == stored[group]:
         return False
     if "." not in word.key_or_group or word.is_delete():
@@ -104,7 +104,7 @@ def _differs(cfg: DictConfig, stored: Mapping[str, Any], word: Override, group: 
 
 
 def changes(stored: Mapping[str, Any], cfg: DictConfig, but: Sequence[str] = ()) -> list[str]:
-    """Return what a run that goes on does otherwise than before, such as `trainer.precision 32-true -> bf16-mixed`."""
+    """Return what a resumed run does otherwise than before, such as `trainer.precision 32-true -> bf16-mixed`."""
     before, now = stored["trainer"], _plain(cfg.trainer)
     names = [name for name in {**before, **now} if name not in (*WITHOUT_EFFECT, *but)]
     return [
@@ -127,12 +127,12 @@ def _group(word: Override) -> str:
 
 
 def _is_hidden(stored: Mapping[str, Any], word: Override) -> bool:
-    """Say whether this key was stored without its value, because that is a secret."""
+    """Return whether this key was stored without its value, because the value is a secret."""
     return OmegaConf.select(OmegaConf.create(dict(stored)), word.key_or_group) == redaction.HIDDEN
 
 
 def _plain(node: Any) -> Any:
-    """As a run stores it."""
+    """Return a config node in plain types, without secrets, as a run stores it."""
     return redaction.scrub_tree(OmegaConf.to_container(node, resolve=True)) if OmegaConf.is_config(node) else node
 
 

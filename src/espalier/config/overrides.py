@@ -1,4 +1,4 @@
-"""The words of a command line, `KEY=VALUE`: what Hydra reads in them, and how a text is written so that it reads it."""
+"""The words of a command line, `KEY=VALUE`: how Hydra reads them, and how to quote a text for it."""
 
 import re
 import shlex
@@ -56,7 +56,7 @@ def typed(key: str, value: object) -> str:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Command-line words as Hydra reads them.
+    """Return command-line words as Hydra reads them.
 
     Raises:
         ConfigError: a word is not KEY=VALUE.
@@ -104,10 +104,10 @@ def check_lists(overrides: Sequence[str]) -> None:
 
 
 def trials(overrides: Sequence[str]) -> list[list[str]]:
-    """For each value of each swept word, one list of plain overrides that contains it; no full product.
+    """Return, for each value of each swept word, one list of plain overrides that contains it; no full product.
 
     Raises:
-        ConfigError: a word stands for values that nobody can list, or is swept twice.
+        ConfigError: the values of a word cannot be listed, or a word is swept twice.
     """
     parsed = parse(overrides)
     searches = any(str(word.key_or_group) == "hydra/sweeper" and word.value() != "basic" for word in parsed)

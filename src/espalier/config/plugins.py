@@ -21,7 +21,7 @@ Kind = TypeVar("Kind", bound="Plugin")
 
 
 class Plugin(ABC):  # noqa: B024, its contracts have abstract methods
-    """The base of a contract: abstract methods and `ClassVar`s without a value are what a member has to define.
+    """The base of a contract: members have to define its abstract methods and the `ClassVar`s that have no value.
 
     A class that declares an abstract method of its own is a contract, or a part of one, and may be incomplete.
     """
@@ -44,7 +44,7 @@ def _is_abstract(value: Any) -> bool:
 
 
 def _contracts(cls: type[Plugin]) -> Iterator[type[Plugin]]:
-    """Return the classes above `cls` that state what it has to be, from the first on."""
+    """Return the contracts that `cls` inherits from, the most general first."""
     yield from (base for base in reversed(cls.__mro__[1:]) if issubclass(base, Plugin))
 
 
@@ -62,7 +62,7 @@ def _missing(cls: type[Plugin]) -> Iterator[str]:
 
 
 def _mismatches(cls: type[Plugin]) -> Iterator[tuple[str, str, str]]:
-    """Methods that cannot be called as the contract says, with the arguments of both."""
+    """Yield the methods that cannot be called as the contract says, with the arguments of both."""
     for base in _contracts(cls):
         for name, value in vars(base).items():
             is_method = isinstance(value, FunctionType | staticmethod) and not name.startswith("_")
@@ -80,15 +80,15 @@ def _arguments(signature: inspect.Signature) -> str:
 
 
 def files(package: ModuleType) -> list[str]:
-    """Names of the files of a package, in alphabetical order."""
+    """Return the names of the files of a package, in alphabetical order."""
     return sorted(found.name for found in iter_modules(package.__path__))
 
 
 def member(package: ModuleType, contract: type[Kind], name: str) -> type[Kind] | None:
-    """Return the class that the file `name` of a package plugs in; None where it holds none, or is not there.
+    """Return the plugin class in the file `name` of a package, or None if there is no such file or class.
 
     Raises:
-        ConfigError: the class is incomplete, there are several, or a package is missing that the file imports.
+        ConfigError: the class is incomplete, there are several, or a package that the file imports is missing.
     """
     if name not in files(package):
         return None
@@ -112,14 +112,14 @@ def _is_member(value: Any, contract: type[Plugin]) -> bool:
 
 
 def members(package: ModuleType, contract: type[Kind]) -> dict[str, type[Kind]]:
-    """Return what all files of a package plug in, by the names of the files."""
+    """Return the plugin classes of all files of a package, by the names of the files."""
     found = {name: member(package, contract, name) for name in files(package)}
     return {name: kind for name, kind in found.items() if kind is not None}
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """A type for a knob that takes one of the names of the moment: `Annotated[str, OneOf(names)]`."""
+    """A type for a setting that takes one of the names known at run time: `Annotated[str, OneOf(names)]`."""
 
     names: Callable[[], Sequence[str]]
 

@@ -1,4 +1,4 @@
-"""What stays untold: secrets in texts, command lines and configurations, and how they are kept out of what we write.
+"""Keep secrets out of everything that is written: texts, command lines and configurations.
 
 A secret is the value of an environment variable whose name speaks of one, the value of a configuration key that does,
 the password or signature in an address, and what has the form of a well-known token. Standard library only.
@@ -100,14 +100,14 @@ def scrub_tree(tree: Any, key: str = "") -> Any:
 
 
 def refuse(words: Sequence[str]) -> None:
-    """Raise `ConfigError` if a word of the command line tells a secret; to name the variable that holds it is fine."""
+    """Raise `ConfigError` if a word of the command line contains a secret; the name of a variable is no secret."""
     told = [key for key, _, _ in (word.partition("=") for word in words if scrub(word) != word) if key not in RUNS]
     if told:
         raise ConfigError(*(_advice(key, "the history of the shell") for key in told))
 
 
 def refuse_written(tree: Any) -> None:
-    """Raise `ConfigError` if a configuration tells a secret before its interpolations are resolved."""
+    """Raise `ConfigError` if a configuration contains a secret before its interpolations are resolved."""
     safe = dict(_leaves(scrub_tree(tree)))
     told = [key for key, value in _leaves(tree) if str(value) != str(safe[key]) and key not in RUNS]  # NaN is not NaN
     if told:
@@ -115,7 +115,7 @@ def refuse_written(tree: Any) -> None:
 
 
 def require_told(tree: Any, where: str) -> None:
-    """Raise `ConfigError` if `tree`, which stands under the key `where`, was stored and lacks the secrets it had."""
+    """Raise `ConfigError` if `tree`, which stands under the key `where`, was stored without the secrets it needs."""
     hidden = [key for key, value in _leaves(tree, where) if value == HIDDEN]
     if hidden:
         raise ConfigError(
@@ -127,9 +127,9 @@ def require_told(tree: Any, where: str) -> None:
 
 
 def watch_output() -> None:
-    """From now on records of all loggers, warnings and the traceback that ends this process hide secrets.
+    """Hide secrets in all log records, warnings and the last traceback of this process from now on.
 
-    Records are made safe when they are made: handlers come later, from Hydra and from the libraries that log.
+    Records are changed when they are made, because Hydra and other libraries add handlers later.
     """
     logging.setLogRecordFactory(_record)
     warnings.formatwarning = _warning
@@ -137,7 +137,10 @@ def watch_output() -> None:
 
 
 def _in_environment() -> list[str]:
-    """Values, longest first; each line of one that has several; as they are and as an address quotes them."""
+    """Return the secret values of the environment, longest first.
+
+    Each line of a value counts, both as it is and as an address quotes it.
+    """
     values = {
         line
         for name, value in os.environ.items()
@@ -149,9 +152,9 @@ def _in_environment() -> list[str]:
 
 
 def _is_harmless(name: str, value: str) -> bool:
-    """Return a path that exists (`PWD`, or where a key lies), or a word that says how, such as `AUTH_METHOD=kerberos`.
+    """Return whether a value is a path that exists (`PWD`), or a common word, as in `AUTH_METHOD=kerberos`.
 
-    To hide a word that our own options are written in would spoil every configuration.
+    If a word of our own options were hidden, every configuration would be spoilt.
     """
     if os.path.exists(value):  # noqa: PTH110  Path.exists raises for a long one
         return True
@@ -160,7 +163,7 @@ def _is_harmless(name: str, value: str) -> bool:
 
 @cache
 def _own_words() -> frozenset[str]:
-    """Every word of `conf/`, small."""
+    """Return every word of `conf/` in lower case."""
     return frozenset(
         word for file in CONF.rglob("*.yaml") for word in re.findall(r"\w+", file.read_text(encoding="utf-8").lower())
     )

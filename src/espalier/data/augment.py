@@ -21,7 +21,7 @@ PartOfWhole = Annotated[float, Gt(0), Le(1)]
 
 
 class Augmentation(ABC):
-    """Changes images, and targets if it `mixes` samples; a pure function of its arguments."""
+    """Changes the images of a batch, and its targets if it `mixes` samples; a pure function of its arguments."""
 
     num_draws: int  # columns of `u_BN` that it reads
     mixes: ClassVar[bool] = False  # combines neighbours in the batch; runs after all others
@@ -32,12 +32,12 @@ class Augmentation(ABC):
 
 
 def pick(u_B: Tensor, num: int) -> Tensor:
-    """Integers in [0, num), equally likely for uniform `u_B`."""
+    """Return integers in [0, num), equally likely for uniform `u_B`."""
     return (u_B * num).long().clamp_(max=num - 1)  # 0.99999994 * 9 rounds to 9.0 in float32
 
 
 def flip(x_BCHW: Tensor, is_flipped_B: Tensor) -> Tensor:
-    """Mirror left and right where `is_flipped_B`."""
+    """Mirror left and right those images for which `is_flipped_B` is true."""
     return torch.where(is_flipped_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
 
 
@@ -52,13 +52,13 @@ def crop(x_BCHW: Tensor, top_B: Tensor, left_B: Tensor, pad_h: int, pad_w: int) 
 
 
 def cutout(x_BCHW: Tensor, top_B: Tensor, left_B: Tensor, height: int, width: int) -> Tensor:
-    """Black out a `height` x `width` box whose upper left corner may lie outside the image."""
+    """Black out a `height` x `width` box, whose upper left corner may lie outside the image."""
     box_BHW = box(x_BCHW, top_B, top_B + height, left_B, left_B + width)
     return x_BCHW.masked_fill(box_BHW[:, None], 0.0)
 
 
 def box(x_BCHW: Tensor, top_B: Tensor, bottom_B: Tensor, left_B: Tensor, right_B: Tensor) -> Tensor:
-    """Return True inside the box, shape (B, H, W); `bottom_B` and `right_B` are exclusive."""
+    """Return a mask (B, H, W), True inside the box; `bottom_B` and `right_B` are exclusive."""
     row_H = torch.arange(x_BCHW.shape[2], device=x_BCHW.device)
     column_W = torch.arange(x_BCHW.shape[3], device=x_BCHW.device)
     in_row_BH = (row_H >= top_B[:, None]) & (row_H < bottom_B[:, None])
@@ -67,7 +67,7 @@ def box(x_BCHW: Tensor, top_B: Tensor, bottom_B: Tensor, left_B: Tensor, right_B
 
 
 def warp(x_BCHW: Tensor, matrix_B22: Tensor, shift_B2: Tensor) -> Tensor:
-    """Affine resampling, bilinear, black outside: output pixel p shows input position `matrix @ p + shift`.
+    """Resample images by an affine map, bilinear and black outside: pixel p shows input position `matrix @ p + shift`.
 
     Positions are (right, down) in pixels from the centre of the image. One grid_sample for the whole batch.
     """
@@ -101,7 +101,7 @@ def resized_crop(x_BCHW: Tensor, height_B: Tensor, width_B: Tensor, down_B: Tens
 
 
 class Crop(Augmentation):
-    """Random shift by whole pixels, up to `padding` of each side (0.125: 1 of 8 pixels, 4 of 32)."""
+    """Shifts images by whole pixels at random, up to `padding` of each side (0.125: 1 of 8 pixels, 4 of 32)."""
 
     num_draws = 2
 
@@ -115,7 +115,7 @@ class Crop(Augmentation):
 
 
 class Flip(Augmentation):
-    """Mirror left and right with `probability`."""
+    """Mirrors images left and right with `probability`."""
 
     num_draws = 1
 
@@ -127,7 +127,7 @@ class Flip(Augmentation):
 
 
 class Rotation(Augmentation):
-    """Turn by an angle between -`degrees` and `degrees`, all equally likely."""
+    """Turns images by an angle between -`degrees` and `degrees`, all equally likely."""
 
     num_draws = 1
 
@@ -139,7 +139,7 @@ class Rotation(Augmentation):
 
 
 class ResizedCrop(Augmentation):
-    """Enlarge a random window of at least `min_area` of the image; aspect ratio between 3/4 and 4/3.
+    """Enlarges a random window of at least `min_area` of the image; aspect ratio between 3/4 and 4/3.
 
     The Inception crop (Szegedy et al. 2014, section 6, arxiv.org/abs/1409.4842), here of the image at training size.
     """
@@ -160,7 +160,7 @@ class ResizedCrop(Augmentation):
 
 
 class Cutout(Augmentation):
-    """Black out a box with sides of `size` of the image's sides, centred on any pixel.
+    """Blacks out a box with sides of `size` of the image's sides, centred on any pixel.
 
     The box is cut off at the border (DeVries and Taylor 2017, section 3, arxiv.org/abs/1708.04552).
     """

@@ -18,7 +18,7 @@ VAL_SHARE = 0.16
 
 
 class BreastCancer(DataModule):
-    """30 features in their own units, normalised one by one."""
+    """569 samples of 30 features in their own units, each feature normalised on its own."""
 
     def __init__(self, batch_size: Count, seed: int) -> None:
         super().__init__(batch_size, seed, augment={})

@@ -1,4 +1,4 @@
-"""Augmentations of the values of pixels: pure functions of a batch in [0, 1] first, the option `colour_jitter` below.
+"""Augmentations of pixel values: pure functions of a batch in [0, 1] first, then the option `colour_jitter`.
 
 Letters: B batch, C channels, H height, W width. Factors have shape (B,); 1 leaves an image as it is, 0 removes
 the property altogether. `equalize`, `auto_contrast`, `posterize` and `solarize` agree with Pillow on 8-bit images.
@@ -21,7 +21,7 @@ LEVELS = 256
 
 
 def luma(x_BCHW: Tensor) -> Tensor:
-    """Brightness as the eye weighs it, shape (B, 1, H, W).
+    """Return the brightness as the eye weighs it, shape (B, 1, H, W).
 
     Raises:
         ValueError: the images have neither one channel nor three.
@@ -35,27 +35,27 @@ def luma(x_BCHW: Tensor) -> Tensor:
 
 
 def blend(base_BCHW: Tensor, x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """Return `base` at factor 0, `x` at 1, what lies beyond it above 1; clipped to [0, 1]."""
+    """Return `base` at factor 0, `x` at 1, and the line through both beyond 1; clipped to [0, 1]."""
     return (base_BCHW + factor_B[:, None, None, None] * (x_BCHW - base_BCHW)).clamp_(0, 1)
 
 
 def brightness(x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """0 gives black."""
+    """Scale the brightness of each image; factor 0 gives black."""
     return (x_BCHW * factor_B[:, None, None, None]).clamp_(0, 1)
 
 
 def contrast(x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """0 gives the mean brightness everywhere."""
+    """Scale the contrast of each image; factor 0 gives its mean brightness everywhere."""
     return blend(luma(x_BCHW).mean(dim=(1, 2, 3), keepdim=True), x_BCHW, factor_B)
 
 
 def saturation(x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """0 gives the grey image; grey images stay as they are."""
+    """Scale the saturation of each image; factor 0 gives grey, and grey images stay as they are."""
     return blend(luma(x_BCHW), x_BCHW, factor_B)
 
 
 def sharpness(x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """0 gives a 3x3 blur with weight 5 in the middle (Pillow's SMOOTH); the outermost pixels stay."""
+    """Scale the sharpness of each image; factor 0 gives Pillow's SMOOTH (a 3x3 blur), and the outermost pixels stay."""
     blur = x_BCHW.clone()
     around = F.avg_pool2d(x_BCHW, kernel_size=3, stride=1, padding=1) * 9
     blur[:, :, 1:-1, 1:-1] = ((around + 4 * x_BCHW) / 13)[:, :, 1:-1, 1:-1]
@@ -113,7 +113,7 @@ def to_levels(x_BCHW: Tensor) -> Tensor:
 
 
 class ColourJitter(Augmentation):
-    """Random brightness, contrast, saturation and hue, in this order.
+    """Changes brightness, contrast, saturation and hue at random, in this order.
 
     The first three are multiplied by a factor in [1 - v, 1 + v]; hue turns by up to `hue` of the colour circle.
     """

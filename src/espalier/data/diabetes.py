@@ -18,7 +18,7 @@ VAL_SHARE = 0.16
 
 
 class Diabetes(DataModule):
-    """Regression; targets keep their own units, mean and spread of the training targets are in the spec."""
+    """442 samples for regression; targets keep their unit, and the spec holds mean and spread of training targets."""
 
     def __init__(self, batch_size: Count, seed: int) -> None:
         super().__init__(batch_size, seed, augment={})

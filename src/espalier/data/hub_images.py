@@ -1,7 +1,7 @@
-"""Any labelled image data set: of the Hugging Face hub by its id, or a local folder of images or parquet files.
+"""Any labelled image data set: from the Hugging Face hub by its id, or a local folder of images or parquet files.
 
-Official splits are kept. Validation images come out of the training split where there is no official validation split,
-test images likewise; both are stratified and the same for every run. What is no folder of classes needs the extra
+Official splits are kept. Validation images come out of the training split if there is no official validation split,
+test images likewise; both are stratified and the same for every run. All but a folder of classes needs the extra
 `hub`. Every label and picture is looked at before anything is trained, and what was found is said.
 """
 
@@ -41,7 +41,7 @@ class Part(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes that are declared; empty where labels are all there is."""
+        """Return the declared classes; empty if the data set has labels alone."""
 
     def __len__(self) -> int: ...
 
@@ -52,19 +52,19 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Labelled:
-    """Some pictures of an official split, each with a label that can be one."""
+    """Pictures of an official split with valid labels."""
 
     part: Part
     places: list[int]
     labels: list[Any]
 
     def some(self, chosen: Sequence[int]) -> "Labelled":
-        """Return those at the given positions."""
+        """Return the pictures at the given positions."""
         return Labelled(self.part, [self.places[at] for at in chosen], [self.labels[at] for at in chosen])
 
 
 class HubImages(DataModule):
-    """Images (channels, image_size, image_size); others are scaled to the shorter side and cut to the middle square.
+    """Images (channels, image_size, image_size): the shorter side is scaled to size, then the middle square is cut out.
 
     `val_split` and `test_split` name official splits; None takes `validation` or `test` if there is one, else carves
     `val_share` or `test_share` out of the training split. `mean` and `std` None are measured on training images.
@@ -132,7 +132,7 @@ class HubImages(DataModule):
         return Splits(spec, splits["train"], splits["val"], splits["test"])
 
     def _open(self) -> tuple[Mapping[str, Part], list[str]]:
-        """Return all official splits by name, and remarks on what a folder holds beside them."""
+        """Return all official splits by name, and remarks on the other content of a folder."""
         folder = Path(self.path).expanduser()
         found = picture_folder.find(str(folder)) if folder.is_dir() and self.subset is None else None
         if found is None:
@@ -140,7 +140,7 @@ class HubImages(DataModule):
         return found.parts, found.remarks()
 
     def _divide(self, official: Mapping[str, Part], bad: list[str]) -> dict[str, Labelled]:
-        """Return the official splits under our names; what is missing is carved out of training."""
+        """Return the training, validation and test split; a missing one is carved out of training."""
         train = self._chosen(official, self.train_split, "data.train_split", bad)
         test_name = self.test_split or ("test" if "test" in official else None)
         val_name = self.val_split or ("validation" if "validation" in official else None)
@@ -155,7 +155,7 @@ class HubImages(DataModule):
         return {"train": train, "val": parts["val"], "test": parts["test"]}
 
     def _chosen(self, official: Mapping[str, Part], name: str, key: str, bad: list[str]) -> Labelled:
-        """Return a split without the rows whose label is none, which join `bad`."""
+        """Return a split without the rows that have no valid label, which are added to `bad`."""
         known = WORDS.get(name.casefold(), name)  # a folder may be called Valid
         part = choose(official, name if name in official else known if known in official else name, key)
         if isinstance(part, Table):
@@ -216,7 +216,7 @@ class HubImages(DataModule):
         return ImageReader(files, label_N, self.shape, self.background, f"data.path={shown(self.path)}")
 
     def _settle(self, bad: Sequence[str], num_pictures: int) -> None:
-        """Raise `ConfigError` for what cannot be used, or note that it is left out."""
+        """Raise `ConfigError` for pictures or labels that cannot be used, or note that they are left out."""
         if not bad:
             return
         listed = some(bad, NUM_LISTED)
@@ -233,7 +233,7 @@ class HubImages(DataModule):
                 raise ConfigError(f"data.path={shown(self.path)}: the {split} split holds no picture that can be used")
 
     def _remarks(self, names: Sequence[str], label_N: Mapping[str, Tensor], left_out: Sequence[str]) -> list[str]:
-        """One line on what was found, and one on the classes that a split lacks."""
+        """Return one line on what was found, and one on the classes that a split lacks."""
         present = {split: set(label.tolist()) for split, label in label_N.items()}
         sizes = [f"{split} {len(label)} of {len(present[split])}" for split, label in label_N.items()]
         sizes[0] = sizes[0].replace(" of ", " pictures of ") + " classes"
@@ -273,7 +273,7 @@ class HubImages(DataModule):
 
 
 def _label(value: Any) -> tuple[Any, str | None]:
-    """Return a label as a class, or what is wrong with it."""
+    """Return a label as a class, or the reason why it is none."""
     if value is None or value != value:  # NaN is not
         return None, "no label"
     if isinstance(value, float):

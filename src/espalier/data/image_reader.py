@@ -35,7 +35,7 @@ class Files(Protocol):
 
 
 class Bad(NamedTuple):
-    """A picture that cannot be used: its place in the split, what a message calls it, and why."""
+    """A picture that cannot be used: its position in the split, its name for messages, and the reason."""
 
     place: int
     name: str
@@ -70,7 +70,7 @@ class ImageReader:
         return Samples(x, self.label_N[indices])
 
     def all(self) -> tuple[Samples, list[Bad]]:
-        """Return the whole split, and which of its pictures are left black because they cannot be decoded."""
+        """Return the whole split, and the numbers of pictures that are left black because they cannot be decoded."""
         x = torch.zeros(len(self), *self.shape, dtype=torch.uint8)
         pixels = x.numpy()
 
@@ -80,20 +80,20 @@ class ImageReader:
         return Samples(x, self.label_N), self._tried(decode)
 
     def broken(self) -> list[Bad]:
-        """Return those that cannot be decoded; of very large splits, those whose head or end says so."""
+        """Return the pictures that cannot be decoded; in very large splits, judge by head and end of each file."""
         if len(self) <= NUM_DECODED:
             return self._tried(lambda index, file: self._decode(file))
         return self._tried(lambda index, file: self._glance(file)) if _are_paths(self.files) else []
 
     def without(self, bad: Sequence[Bad]) -> "ImageReader":
-        """Return the rest of the split."""
+        """Return the split without the bad pictures."""
         kept = _rest(len(self), bad)
         rest = ImageReader(self.files, self.label_N[kept], self.shape, self.background, self.source)
         rest.places = [self.places[index] for index in kept]
         return rest
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that are others once files are renamed, replaced, moved to other classes or sorted anew.
+        """Return 16 hex digits that change if files are renamed, replaced, moved to other classes or sorted anew.
 
         Names and sizes stand for the files, none of which is read, so it is the same wherever the data lie.
         """
@@ -102,7 +102,7 @@ class ImageReader:
         return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
     def _tried(self, job: Callable[[int, File | None], object]) -> list[Bad]:
-        """Do something to each picture, in as many threads as there are CPUs: decoders do not hold Python's lock."""
+        """Apply a function to each picture in one thread per CPU: decoders do not hold Python's lock."""
 
         def reason(index: int, file: File | None) -> str | None:
             try:

@@ -24,7 +24,7 @@ PREFETCH = 2  # batches that each worker prepares ahead
 
 
 class Batch(NamedTuple):
-    """What a learner receives, all on one device; B may be 0 on a rank that has run out of samples to evaluate."""
+    """The input of a learner, all on one device; B may be 0 on a rank that has run out of samples to evaluate."""
 
     x: Tensor  # (B, *shape), float32, normalised; augmented in training
     y: Tensor  # classes (B,) int64; class probabilities (B, K) float32 if samples are mixed; regression (B,) float32
@@ -54,7 +54,7 @@ Finish = Callable[[Tensor, Tensor, Tensor, int], Batch]  # raw x, y, index and t
 
 
 class Order:
-    """Which samples make each batch of this rank.
+    """The order of the samples: which of them make each batch of this rank.
 
     Training (`seed` given): batch i of all ranks together is `order[i * B * W:(i + 1) * B * W]` of a permutation keyed
     by (seed, epoch); rank r takes its r-th part of B and an incomplete last one is left out. Evaluation (`seed` None):
@@ -81,7 +81,7 @@ class Order:
         self.epoch = 0
 
     def __len__(self) -> int:
-        """Batches per epoch, equal on all ranks."""
+        """Return the number of batches per epoch, equal on all ranks."""
         whole = self.num_samples // self.global_batch
         return whole if self.seed is not None else -(-self.num_samples // self.global_batch)
 
@@ -89,7 +89,7 @@ class Order:
         self.epoch = epoch
 
     def batches(self, device: torch.device) -> Sequence[Tensor]:
-        """Sample indices of each batch of the current epoch."""
+        """Return the sample indices of each batch of the current epoch."""
         if self.seed is None:
             whole = torch.arange(self.num_samples, device=device).split(self.batch_size * self.world_size)
             return [part.tensor_split(self.world_size)[self.rank] for part in whole]
@@ -124,16 +124,16 @@ class Loader(ABC):
         return {"epoch": epoch, "num_batches": num_batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Leave out the batches that are done when the epoch of `state` is iterated next; other epochs are whole."""
+        """Skip the batches that are done when the epoch of `state` is iterated next; other epochs are whole."""
         self._done = self._resume = (state["epoch"], state["num_batches"])
 
     @abstractmethod
     def _batches(self, start: int) -> Iterator[Batch]:
-        """Batches of the current epoch from number `start` on."""
+        """Yield the batches of the current epoch from number `start` on."""
 
 
 class BatchLoader(Loader):
-    """Batches out of tensors on the device: one gather each for x and y, no Python per sample.
+    """Gives batches out of tensors on the device: one gather each for x and y, no Python per sample.
 
     `finish` None means that `samples.x` is model input already.
     """
@@ -151,7 +151,7 @@ class BatchLoader(Loader):
 
 
 class StreamLoader(Loader):
-    """Batches read by `num_workers` processes (0: by this one), then moved to the device and finished there."""
+    """Gives batches read by `num_workers` processes (0: by this one), then moved to the device and finished there."""
 
     def __init__(self, reader: Reader, order: Order, finish: Finish, num_workers: int, device: torch.device) -> None:
         super().__init__(order, device)
@@ -170,9 +170,9 @@ class StreamLoader(Loader):
 
     @property
     def _iterator(self) -> Any:
-        """The worker pool. Lightning stops a pool that it finds under this name when a fit ends or fails.
+        """Return the worker pool under the name by which Lightning finds it and stops it when a fit ends or fails.
 
-        Garbage collection would do it too, but inside a reference cycle it loses the workers' farewell: 5 s for each.
+        Garbage collection would stop it too, but inside a reference cycle that takes 5 s per worker.
         """
         return self._loader._iterator
 
@@ -192,7 +192,7 @@ class StreamLoader(Loader):
 
 
 class _Plan:
-    """The batches still to be read; the batch sampler of a DataLoader that lives for many epochs."""
+    """The batches still to be read; the batch sampler of a DataLoader that is kept for many epochs."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -214,7 +214,10 @@ class _Indexed(torch.utils.data.Dataset[Any]):
         return len(self.reader)
 
     def __getitems__(self, indices: list[int]) -> Batch | EspalierError:
-        """Hand an error of ours over as a value: a worker's exception arrives with its traceback as its message."""
+        """Return the samples with their indices, or an `EspalierError` as a value.
+
+        An error raised in a worker would arrive with its traceback as its message.
+        """
         try:
             samples = self.reader.__getitems__(indices)
         except EspalierError as error:
@@ -223,5 +226,5 @@ class _Indexed(torch.utils.data.Dataset[Any]):
 
 
 def _unchanged(batch: Any) -> Any:
-    """Return a batch comes out of `__getitems__` whole; there is nothing to collate."""
+    """Return the batch as it is: `__getitems__` makes whole batches, so there is nothing to collate."""
     return batch

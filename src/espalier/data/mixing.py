@@ -16,7 +16,10 @@ GRID = 4096  # intervals of the table; the error of linear interpolation stays b
 
 
 def mixup(x_BCHW: Tensor, y: Tensor, keep_B: Tensor) -> tuple[Tensor, Tensor]:
-    """`keep * own + (1 - keep) * neighbour`, images and targets alike (Zhang et al. 2017, arxiv.org/abs/1710.09412)."""
+    """Return `keep * own + (1 - keep) * neighbour`, of images and of targets.
+
+    Zhang et al. 2017, arxiv.org/abs/1710.09412.
+    """
     return mix(x_BCHW, keep_B), mix(y, keep_B)
 
 
@@ -36,12 +39,12 @@ def cutmix(x_BCHW: Tensor, y: Tensor, keep_B: Tensor, row_B: Tensor, column_B: T
 
 
 def mix(value: Tensor, keep_B: Tensor) -> Tensor:
-    """Own value and that of the neighbour, weighed; any shape with the batch first."""
+    """Return each value mixed with that of its neighbour, weighted by `keep_B`; any shape with the batch first."""
     return torch.lerp(value.roll(1, dims=0), value, keep_B.view(-1, *[1] * (value.ndim - 1)))  # exact where keep is 1
 
 
 class BetaQuantile:
-    """Inverse distribution function of Beta(alpha, alpha), by a table that follows its argument to the device."""
+    """The inverse distribution function of Beta(alpha, alpha), as a table that follows its argument to the device."""
 
     def __init__(self, alpha: float) -> None:
         grid = torch.linspace(0, 1, GRID + 1, dtype=torch.float64)
@@ -56,7 +59,7 @@ class BetaQuantile:
 
 
 class Mixup(Augmentation):
-    """Blend neighbours with `probability`; `alpha` of the Beta distribution, 1 is uniform, small values mix little."""
+    """Blends neighbours with `probability`, in shares drawn from Beta(`alpha`, `alpha`); small `alpha` mixes little."""
 
     num_draws = 2
     mixes = True
@@ -71,7 +74,7 @@ class Mixup(Augmentation):
 
 
 class CutMix(Augmentation):
-    """Paste a box of the neighbour with `probability`; the kept area is drawn from Beta(`alpha`, `alpha`)."""
+    """Pastes a box of the neighbour with `probability`; the kept area is drawn from Beta(`alpha`, `alpha`)."""
 
     num_draws = 4
     mixes = True

@@ -24,7 +24,7 @@ SAMPLES_STREAM = 3  # keeps the choice of samples apart from other users of the 
 
 @dataclass(frozen=True)
 class Splits:
-    """What an option loads: three splits that share no sample, and the spec that its training split gives."""
+    """The three splits of a data option, which share no sample, and the spec that its training split gives."""
 
     spec: DataSpec
     train: Samples | Reader
@@ -33,7 +33,7 @@ class Splits:
 
 
 class DataModule(L.LightningDataModule):
-    """A subclass implements `load`; options build it as `Target(**yaml, seed=seed)`.
+    """The base of all data options; a subclass implements `load` and is built as `Target(**yaml, seed=seed)`.
 
     `batch_size` is per device. `seed` keys order and augmentation, never the splits. `augment` acts on training
     batches only, in the order of the dict, and is empty for tables.
@@ -52,11 +52,15 @@ class DataModule(L.LightningDataModule):
 
     @abstractmethod
     def load(self) -> Splits:
-        """Read the data set; called once, when it is first needed."""
+        """Read the data set; called once, at its first use."""
 
     @cached_property
     def splits(self) -> Splits:
-        """Read all samples; raise `ConfigError` if one is NaN or infinite, and note what is the same in all of them."""
+        """Return all splits, read at the first use; add a remark to `notes` if values are constant in all samples.
+
+        Raises:
+            ConfigError: a value is NaN or infinite.
+        """
         splits = self.load()
         for split in ("train", "val", "test"):
             samples = getattr(splits, split)
@@ -68,7 +72,7 @@ class DataModule(L.LightningDataModule):
         return splits
 
     def constant(self, train: Samples) -> list[str]:
-        """Return a remark if nothing can be learnt from some channels or features, or from any sample."""
+        """Return remarks on channels, features, samples or targets that are constant and so teach nothing."""
         x, y = train.x, train.y
         if len(x) > 1 and torch.equal(x, x[:1].expand_as(x)):
             return [f"all {len(x)} training samples are the same, so nothing can be learnt from them"]
@@ -86,7 +90,10 @@ class DataModule(L.LightningDataModule):
         return self.splits.spec
 
     def train_dataloader(self) -> Loader:
-        """Keyed order, augmented, whole global batches only; behind the batches that a resumed run has done."""
+        """Return the training batches in keyed order, augmented, in whole global batches only.
+
+        A resumed run starts after the batches that it has done.
+        """
         self._training = self._loader("train", self.batch_size, self._place(), is_training=True)
         if self._resumed:
             then, now = self._resumed.get("global_batch"), self._training.sampler.global_batch
@@ -102,18 +109,18 @@ class DataModule(L.LightningDataModule):
         return self.loader(self.tested_split)
 
     def loader(self, split: Split, batch_size: int | None = None, *, is_whole: bool = False) -> Loader:
-        """Any split as evaluation sees it: every sample once, in order, not augmented.
+        """Return a split as evaluation needs it: every sample once, in order, not augmented.
 
-        Each rank gets its part, on its device; `is_whole` gives all of it to this process, on the CPU.
+        Each rank gets its part, on its device; with `is_whole` this process gets all samples, on the CPU.
         """
         place = (0, 1, torch.device("cpu")) if is_whole else self._place()
         size = self.batch_size if batch_size is None else batch_size
         return self._loader(split, size, place, is_training=False)
 
     def normalise_as(self, trained: DataSpec) -> None:
-        """Prepare samples as for the training of a network; the statistics of those at hand may be others.
+        """Normalise with the statistics of the data that a network was trained on, not with those of the present data.
 
-        The unit of raw values stays that of the data at hand.
+        The unit of raw values stays that of the present data.
         """
         spec = replace(self.spec, mean=trained.mean, std=trained.std)
         spec = replace(spec, target_mean=trained.target_mean, target_std=trained.target_std)
@@ -124,7 +131,7 @@ class DataModule(L.LightningDataModule):
         return pick(getattr(self.splits, split), index_B)
 
     def samples(self, num: int) -> Batch:
-        """At most `num` random training samples, normalised, not augmented; the same in each call and on each rank."""
+        """Return at most `num` random training samples, normalised, not augmented; each call and rank gets the same."""
         order_N = torch.randperm(len(self.splits.train), generator=seeding.generator(self.seed, SAMPLES_STREAM))
         index_B = order_N[:num]
         raw = self.raw("train", index_B)
@@ -144,7 +151,7 @@ class DataModule(L.LightningDataModule):
         self._resumed = state_dict
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Nothing to do: loaders build batches on the device, and Lightning's search for tensors takes longer."""
+        """Return the batch as it is: loaders build it on the device, and Lightning's search for tensors takes time."""
         return batch if batch.x.device == device else Batch(*(value.to(device) for value in batch))
 
     def _loader(self, split: Split, batch_size: int, place: Place, is_training: bool) -> Loader:
@@ -169,7 +176,7 @@ class DataModule(L.LightningDataModule):
 
 
 def pick(data: Samples | Reader, index_B: Tensor) -> Samples:
-    """Raw samples by their positions in a split."""
+    """Return raw samples by their positions in a split."""
     if isinstance(data, Samples):
         return Samples(data.x[index_B], data.y[index_B])
     return data.__getitems__(index_B.tolist())

@@ -1,4 +1,4 @@
-"""A folder of pictures, one subfolder per class, read as people mean it: what is in it, and what was left out and why.
+"""A folder of pictures with one subfolder per class: finds its splits and classes, and reports what it leaves out.
 
 Folders decide, names of files never do. A class may have folders of its own, links are followed, and a folder called
 `train` is a split only if it holds folders of classes; otherwise it is a class.
@@ -30,7 +30,7 @@ NUM_NAMED = 3  # examples of what was left out
 
 @dataclass(frozen=True)
 class Part:
-    """The pictures of one split: files, and the class that each one's folder stands for."""
+    """The pictures of one split: files, and the class that each file's folder stands for."""
 
     root: str
     paths: list[str]
@@ -45,7 +45,7 @@ class Part:
         return self.class_of
 
     def pictures(self, places: Sequence[int]) -> "Files":
-        """Return these files, in this order."""
+        """Return the files at these positions, in this order."""
         return Files(self.root, [self.paths[place] for place in places])
 
 
@@ -63,7 +63,7 @@ class Files:
         return [self.paths[index] for index in indices]
 
     def name(self, index: int) -> str:
-        """Return what a message calls the picture."""
+        """Return the name of the picture for messages."""
         return shown(os.path.relpath(self.paths[index], self.root))
 
     def marks(self, indices: Sequence[int]) -> list[str]:
@@ -74,7 +74,7 @@ class Files:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """What a folder holds: its splits, and what was left out, by reason."""
+    """The content of a folder: its splits, and the files that are left out, by reason."""
 
     parts: Mapping[str, Part]
     left_out: Mapping[str, list[str]]
@@ -85,10 +85,10 @@ class PictureFolder:
 
 
 def find(root: str) -> PictureFolder | None:
-    """Return what lies in a folder; None if it holds no picture, or tables that say more of pictures than folders do.
+    """Return the content of a folder of pictures; None if it has no picture, or if tables or metadata describe them.
 
     Raises:
-        ConfigError: there are pictures but no two classes, or it cannot be told what is a split.
+        ConfigError: there are fewer than two classes, or it is unclear which folders are splits.
     """
     if _has_tables(Path(root)):
         return None
@@ -121,19 +121,19 @@ def find(root: str) -> PictureFolder | None:
 
 
 def shown(name: str) -> str:
-    """Return a path as a line can hold it: no control characters, no halves of letters."""
+    """Return a path as printable text on one line, without control characters or broken letters."""
     return CONTROL.sub("?", os.fsencode(name).decode("utf-8", "replace")).replace("\n", "?")
 
 
 def some(names: Sequence[str], most: int = NUM_NAMED) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names as text, and how many more there are."""
     more = [f"and {len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more])
 
 
 @dataclass
 class _Folder:
-    """Pictures and folders, without those in which no picture lies."""
+    """A folder with its pictures and its subfolders; subfolders without a picture are left out."""
 
     path: str
     files: list[str] = field(default_factory=list)
@@ -144,14 +144,14 @@ class _Folder:
         return not self.files and not self.folders
 
     def pictures(self) -> Iterator[str]:
-        """All below."""
+        """Yield the paths of all pictures in this folder and below."""
         yield from self.files
         for folder in self.folders.values():
             yield from folder.pictures()
 
 
 def _has_tables(root: Path) -> bool:
-    """Whether `datasets` knows more: parquet files, metadata beside pictures, or a card that says what is what."""
+    """Return whether `datasets` should read the folder: it has parquet files, metadata or a card that declares data."""
     if any((folder / name).is_file() for folder in (root, *_subfolders(root)) for name in METADATA):
         return True
     card = root / "README.md"
@@ -169,7 +169,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _scan(path: str, root: str, above: tuple[tuple[int, int], ...], left_out: dict[str, list[str]]) -> _Folder:
-    """`above` are device and inode of the folder's ancestors, so that a link to one of them is no endless road."""
+    """Return the folder with everything below; note in `left_out` what is ignored, by reason.
+
+    `above` holds device and inode of the folders above, so that a link to one of them is not followed forever.
+    """
     here = Path(path).stat()
     above = (*above, (here.st_dev, here.st_ino))
     found = _Folder(path)
@@ -214,7 +217,7 @@ def _require_text(root: str, entry: os.DirEntry[str]) -> None:
 
 
 def _unwrapped(folder: _Folder) -> _Folder:
-    """Return the folder itself, or what an archive has packed into one folder more."""
+    """Return the folder itself, or its only subfolder if an archive has added one."""
     while not folder.files and len(folder.folders) == 1:
         [(name, inner)] = folder.folders.items()
         if inner.files or not inner.folders or name.casefold() in WORDS:
@@ -224,10 +227,12 @@ def _unwrapped(folder: _Folder) -> _Folder:
 
 
 def _splits(root: str, top: _Folder) -> dict[str, _Folder]:
-    """Return the folders that are splits, by the split's name, and others of the same classes by their own; else none.
+    """Return the folders that are splits, by the split, and others with the same classes, by their own name.
+
+    The result is empty if there are none.
 
     Raises:
-        ConfigError: folders are called as splits are but hold no classes.
+        ConfigError: folders have the names of splits but hold no classes.
     """
     candidates = {name: _unwrapped(folder) for name, folder in top.folders.items() if folder.folders}
     of_split: dict[str, list[str]] = {}
@@ -265,7 +270,7 @@ def _splits(root: str, top: _Folder) -> dict[str, _Folder]:
 
 
 def _split_of(name: str) -> str | None:
-    """Return the split that a folder is called after, whole or as one of the words in its name."""
+    """Return the split that a folder is named after, by its whole name or by a word in it."""
     whole = name.casefold()
     words = [whole, *re.split(r"[-._ 0-9]+", whole)]
     return next((WORDS[word] for word in words if word in WORDS), None)

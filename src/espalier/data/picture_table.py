@@ -1,4 +1,7 @@
-"""Pictures that `datasets` reads: parquet files, a data set of the hub, a folder with metadata (extra `hub`)."""
+"""Pictures in tables that `datasets` reads: parquet files, a data set of the hub, a folder with metadata.
+
+Needs the extra `hub`.
+"""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +34,7 @@ class Table:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes that the data set declares, whose numbers its labels are; empty where it declares none."""
+        """Return the declared classes, which the labels number; empty if the data set declares none."""
         return tuple(getattr(self.rows.features[self.label_column], "names", None) or ())
 
     def require_columns(self) -> None:
@@ -43,7 +46,7 @@ class Table:
                 raise ConfigError(f"{key}={column}: no such column{near}; there are {', '.join(columns)}")
 
     def pictures(self, places: Sequence[int]) -> "Files":
-        """Return the image column alone, of these rows; plain bytes are taken for image files."""
+        """Return the image column of these rows; plain bytes are taken as image files."""
         kind = require("datasets", "hub").Image
         alone = self.rows.select_columns([self.image_column])
         try:
@@ -67,18 +70,18 @@ class Files:
         return len(self.places)
 
     def __getitem__(self, indices: Sequence[int]) -> list[File | None]:
-        """Return the content, or the path where the table holds no more; None where it holds neither."""
+        """Return the content of a file, or its path if the table holds no more; None if it holds neither."""
         cells = self.rows[[self.places[index] for index in indices]][self.column] if len(indices) else []
         return [_content(cell) for cell in cells]
 
     def name(self, index: int) -> str:
-        """Return what a message calls the picture."""
+        """Return the name of the picture for messages."""
         row = self.places[index]
         path = (self.rows[row][self.column] or {}).get("path")
         return f"{self.split} row {row}" + (f" ({os.path.basename(path)})" if path else "")  # noqa: PTH119
 
     def marks(self, indices: Sequence[int]) -> list[str]:
-        """Return row and name of each file; the column of names is read, not that of contents."""
+        """Return row and name of each file; only the column of names is read, not the contents."""
         compute = require("pyarrow.compute", "hub")
         rows = [self.places[index] for index in indices]
         paths = compute.struct_field(self.rows.data.column(self.column), "path").take(rows).to_pylist()
@@ -86,7 +89,7 @@ class Files:
 
 
 def open_table(path: str, subset: str | None, image_column: str, label_column: str) -> Mapping[str, Table]:
-    """All official splits of a local folder, a parquet file or a data set of the hub, by their names.
+    """Return all official splits of a local folder, a parquet file or a data set of the hub, by their names.
 
     Raises:
         ConfigError: there is no data set at `path`, here or on the hub, or the cache cannot be written.
@@ -111,7 +114,7 @@ def open_table(path: str, subset: str | None, image_column: str, label_column: s
 
 
 def choose(official: Mapping[str, Any], name: str, key: str) -> Any:
-    """Return the split of that name; raise `ConfigError` with those that there are."""
+    """Return the split of that name, or raise `ConfigError` that lists the splits there are."""
     if name not in official:
         raise ConfigError(f"{key}={name}: no such split{_nearest(name, official)}; there are {', '.join(official)}")
     return official[name]
@@ -132,7 +135,7 @@ def _content(cell: Any) -> File | None:
 
 
 def _require_cache(name: str, folder: Path) -> None:
-    """Raise `ConfigError` unless a file can be written there; `datasets` would blame the data."""
+    """Raise `ConfigError` unless the cache folder can be written to; `datasets` would blame the data."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):

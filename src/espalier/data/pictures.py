@@ -1,4 +1,4 @@
-"""From a picture file to the pixels that a network sees: the one reader of training, evaluation and the server.
+"""Read a picture file as the pixels that a network sees; training, evaluation and the server all use this reader.
 
 numpy and Pillow alone, so that a server without torch reads what training read. docs/data.md has the table of modes.
 Letters: C channels, H height, W width.
@@ -65,7 +65,7 @@ def read(
 
 
 def num_pixels(file: File, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS) -> int:
-    """Return how many pixels decoding takes, by the head of the file alone; raise as `read` does."""
+    """Return the number of pixels that decoding makes, from the head of the file alone; raise as `read` does."""
     try:
         with _opened(file, formats, max_pixels) as image:
             return _size(image)
@@ -74,7 +74,7 @@ def num_pixels(file: File, formats: Sequence[str] = FORMATS, max_pixels: int = M
 
 
 def to_array(image: Image.Image, shape: tuple[int, ...], background: Sequence[int]) -> Pixels:
-    """Return a picture that Pillow has opened as `read` does; of an animation the first frame.
+    """Return an opened Pillow picture as an array, as `read` does; of an animation the first frame.
 
     Raises:
         PictureError: its mode has no stated meaning.
@@ -92,7 +92,7 @@ def to_array(image: Image.Image, shape: tuple[int, ...], background: Sequence[in
 
 
 def colour(name: str) -> tuple[int, int, int]:
-    """Return red, green and blue of a name or `#rrggbb`.
+    """Return red, green and blue of a colour name or `#rrggbb`.
 
     Raises:
         ValueError: it is no colour, or a transparent one.
@@ -108,7 +108,7 @@ def colour(name: str) -> tuple[int, int, int]:
 
 
 def is_whole(file: File) -> bool:
-    """Whether a file has the end that its format prescribes; False says that only decoding will tell."""
+    """Return whether a file ends as its format prescribes; after False, only decoding can tell."""
     head, tail, size = _ends(file)
     if head.startswith(b"\x89PNG"):
         return b"IEND" in tail
@@ -143,9 +143,9 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale what has 16 or 32 bits; keep transparency where it was.
+    """Scale pictures of 16 or 32 bits to 8 bits; transparency is kept.
 
-    Pillow's own conversion cuts all of them off at 255.
+    Pillow's own conversion would cut all values off at 255.
     """
     if image.mode in CONVERTED:
         return image.convert("RGB") if image.mode == "LAB" else image  # Pillow makes no grey of it
@@ -200,7 +200,7 @@ def _explained(file: File, error: Exception, formats: Sequence[str], max_pixels:
 
 
 def _ends(file: File) -> tuple[bytes, bytes, int]:
-    """Return the first and the last bytes, and how many there are."""
+    """Return the first and the last bytes of a file, and its size."""
     if isinstance(file, bytes):
         return file[:16], file[-64:], len(file)
     with Path(file).open("rb") as opened:

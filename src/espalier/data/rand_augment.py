@@ -43,7 +43,7 @@ NUM_OPERATIONS = IDENTITY + 1 + len(VALUES)
 
 
 def apply_operation(x_BCHW: Tensor, operation_B: Tensor, sign_B: Tensor, strength: float) -> Tensor:
-    """Each image after its own operation, an integer in [0, NUM_OPERATIONS); `strength` in [0, 1]."""
+    """Apply to each image its own operation, an integer in [0, NUM_OPERATIONS), with a `strength` in [0, 1]."""
     out = torch.where((operation_B < MOVES)[:, None, None, None], move(x_BCHW, operation_B, sign_B * strength), x_BCHW)
     for number, change in enumerate(VALUES, start=IDENTITY + 1):
         out = torch.where((operation_B == number)[:, None, None, None], change(x_BCHW, sign_B, strength), out)
@@ -51,7 +51,7 @@ def apply_operation(x_BCHW: Tensor, operation_B: Tensor, sign_B: Tensor, strengt
 
 
 def move(x_BCHW: Tensor, operation_B: Tensor, amount_B: Tensor) -> Tensor:
-    """Rotate, shear or shift by `amount_B` in [-1, 1] of the largest strength; other operations leave the image."""
+    """Rotate, shear or shift by `amount_B` in [-1, 1] of the largest strength; other operations change nothing."""
     height, width = x_BCHW.shape[2:]
 
     def only(operation: int, largest: float) -> Tensor:
@@ -64,7 +64,7 @@ def move(x_BCHW: Tensor, operation_B: Tensor, amount_B: Tensor) -> Tensor:
 
 
 class RandAugment(Augmentation):
-    """`num_operations` random operations per image, one after the other, all of strength `magnitude` of 30."""
+    """Applies `num_operations` random operations per image, one after the other, all of strength `magnitude` of 30."""
 
     def __init__(self, num_operations: Count, magnitude: Annotated[int, Ge(0), Le(MAX_STRENGTH)]) -> None:
         self.num_draws = 2 * num_operations

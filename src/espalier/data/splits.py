@@ -17,7 +17,7 @@ MIN_STD = 1e-8  # a constant channel or feature is only centred, not divided by 
 
 
 def stratified(label_N: Tensor, shares: Sequence[float]) -> list[Tensor]:
-    """Return indices of a part for each share, then of the rest: disjoint, sorted, each class cut in the same shares.
+    """Return sample indices for each share, then for the rest: disjoint, sorted, each class divided in the same shares.
 
     Give all samples one label to split without strata.
 
@@ -44,7 +44,10 @@ def stratified(label_N: Tensor, shares: Sequence[float]) -> list[Tensor]:
 
 
 def statistics(x: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of `x / scale` per channel or feature (dimension 1), the latter 1 where it is 0."""
+    """Return mean and standard deviation of `x / scale` per channel or feature (dimension 1).
+
+    A standard deviation of 0 becomes 1.
+    """
     mean_C = torch.stack([part.sum(dim=0) for part in _columns(x, scale)]).sum(dim=0) / _values_per_channel(x)
     squares = [(part - mean_C).square().sum(dim=0) for part in _columns(x, scale)]
     std_C = (torch.stack(squares).sum(dim=0) / _values_per_channel(x)).sqrt()
@@ -64,7 +67,7 @@ def require_finite(values: Tensor, what: str) -> None:
 
 
 def constant(x: Tensor) -> list[int]:
-    """Return channels or features (dimension 1) that are the same in all samples, for 8-bit values within one step."""
+    """Return channels or features (dimension 1) that are equal in all samples; 8-bit values may differ by one step."""
     column = x.movedim(1, 0).flatten(1)
     low, high = column.aminmax(dim=1)
     if x.dtype == torch.uint8:
@@ -73,7 +76,7 @@ def constant(x: Tensor) -> list[int]:
 
 
 def _columns(x: Tensor, scale: float) -> Iterator[Tensor]:
-    """Scaled values in float64, one column per channel, in chunks."""
+    """Yield scaled values in float64, one column per channel, in chunks."""
     for part in x.split(CHUNK):
         yield part.double().div_(scale).movedim(1, -1).reshape(-1, x.shape[1])
 

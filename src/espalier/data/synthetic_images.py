@@ -59,7 +59,7 @@ class SyntheticImages(DataModule):
         return Splits(spec, train, val, test)
 
     def _images(self, split: int, num: int) -> Samples:
-        """Split number `split`, from a generator of its own."""
+        """Return the images of split number `split`, from a generator of its own."""
         generator = seeding.generator(IMAGE_SEED, split + 1)
         pattern_KCHW = self._patterns()
         y = torch.arange(num) % self.num_classes
@@ -70,7 +70,7 @@ class SyntheticImages(DataModule):
         return Samples(x, y)
 
     def _patterns(self) -> Tensor:
-        """One image per class, float, (K, C, H, W)."""
+        """Return one float image per class, (K, C, H, W)."""
         generator = seeding.generator(IMAGE_SEED, 0)
         coarse = torch.rand(self.num_classes, self.shape[0], COARSE, COARSE, generator=generator)
         return F.interpolate(coarse, size=self.shape[1:], mode="bilinear", align_corners=False) * MAX_VALUE

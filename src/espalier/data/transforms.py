@@ -1,4 +1,4 @@
-"""From raw values to model input on the device: scale, augment, normalise."""
+"""Turn raw values into model input on the device: scale, augment, normalise."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ AUGMENT_STREAM = 2  # keeps the numbers of the augmentations apart from other us
 
 
 class Normalise:
-    """`(raw / scale - mean) / std`, float32, for any batch shape."""
+    """Computes `(raw / scale - mean) / std` in float32, for any batch shape."""
 
     def __init__(self, spec: DataSpec, device: torch.device) -> None:
         shape = (len(spec.mean), *[1] * (len(spec.shape) - 1))
@@ -27,12 +27,12 @@ class Normalise:
         return self.of_scaled(raw.float() / self.scale)
 
     def of_scaled(self, scaled: Tensor) -> Tensor:
-        """Return the last step alone, for values that are divided by `scale` already."""
+        """Return values normalised that are divided by `scale` already."""
         return (scaled - self.mean) / self.std
 
 
 class Prepare:
-    """Finishes batches of one split: augmentations in their order, mixing ones last, between scaling and normalising.
+    """Finishes the batches of one split: scales, augments in order with mixing last, and normalises.
 
     The random numbers of a sample depend on (seed, epoch, its index) and on the augmentations listed before, so they
     are the same in any batch and on any rank. What mixes samples also depends on the neighbour in the batch.

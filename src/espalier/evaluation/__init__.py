@@ -1,1 +1,1 @@
-"""What a trained network answers, and how it fails: predictions and errors."""
+"""Evaluation of a trained network: predictions, errors, corruptions, attacks."""

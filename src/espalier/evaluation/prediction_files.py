@@ -23,7 +23,7 @@ def require_writer(key: str, kind: str | None) -> None:
 
 
 def write(found: Predictions, kind: Literal["csv", "parquet"], folder: Path) -> Path:
-    """One line per sample, in `predictions.csv` or `predictions.parquet`."""
+    """Write one line per sample to `predictions.csv` or `predictions.parquet`; return the path."""
     target, table = folder / f"predictions.{kind}", found.columns(is_full=True)
     if kind == "parquet":
         write_parquet(target, table)
@@ -42,13 +42,13 @@ def write_parquet(target: Path, table: Mapping[str, NDArray[Any]]) -> None:
 
 
 def write_json(target: Path, content: Mapping[str, Any]) -> None:
-    """Plain values, readable."""
+    """Write plain values as indented JSON."""
     with files.replaced(target) as draft:
         draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def num_rows(path: Path) -> int:
-    """Rows of a parquet file; 0 where there is none, or none that can be read."""
+    """Return the number of rows of a parquet file; 0 if it is missing or cannot be read."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -59,7 +59,7 @@ def num_rows(path: Path) -> int:
 
 
 def score(paths: Sequence[Path], kind: TargetKind) -> dict[str, float]:
-    """Return metrics of the rows of parquet files together."""
+    """Return the metrics of this kind of target over the rows of all parquet files."""
     from pyarrow import parquet
 
     def parts() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:

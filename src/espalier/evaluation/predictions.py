@@ -1,4 +1,4 @@
-"""Collects what a network answers, and measures it with the metrics of its learner."""
+"""Predictions of a network: collected from the batches of a split, and measured with its learner's metrics."""
 
 from collections.abc import Callable, Iterable
 

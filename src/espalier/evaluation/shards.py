@@ -1,4 +1,4 @@
-"""Predictions of a whole split in parquet shards of equal size: which are missing, their answers, what they hold.
+"""Predictions of a whole split in parquet shards of equal size: find missing ones, fill them, score all.
 
 A shard appears when it is whole, and `manifest.json` says what decides every number in it, so a killed run goes on
 and shards of something else are never mixed in.
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Shards:
-    """Where `num_rows` rows lie, `size` in each file but the last."""
+    """The files that hold `num_rows` rows, `size` in each but the last."""
 
     folder: Path
     num_rows: int
@@ -36,22 +36,22 @@ class Shards:
 
     @property
     def starts(self) -> range:
-        """The first row of each shard, by which shards are called here."""
+        """Return the first row of each shard, which identifies it."""
         return range(0, self.num_rows, self.size)
 
     def path(self, start: int) -> Path:
         return self.folder / f"part-{start // self.size:05d}.parquet"
 
     def rows_in(self, start: int) -> int:
-        """How many rows a whole shard has."""
+        """Return the number of rows of a whole shard."""
         return min(start + self.size, self.num_rows) - start
 
     def missing(self) -> list[int]:
-        """Shards that are not there, or not whole."""
+        """Return the shards that are missing or not whole."""
         return [start for start in self.starts if prediction_files.num_rows(self.path(start)) != self.rows_in(start)]
 
     def score(self, kind: TargetKind) -> dict[str, float]:
-        """Return metrics of all rows."""
+        """Return the metrics of this kind of target over all rows."""
         return prediction_files.score([self.path(start) for start in self.starts], kind)
 
 
@@ -73,7 +73,10 @@ def require_same(manifest: dict[str, Any], folder: Path) -> None:
 def answered(
     predict: Callable[[Tensor], Tensor], spec: DataSpec, split: Callable[[], Loader], missing: Sequence[int], size: int
 ) -> Iterator[tuple[int, Predictions]]:
-    """Each missing shard with its answers; neighbours are read in one go. `split` opens the split at its beginning."""
+    """Yield each missing shard with its predictions; neighbouring shards are read together.
+
+    `split` opens the split at its beginning.
+    """
     shards: Iterator[Predictions] = iter(())
     expected = -1
     for start in missing:
@@ -86,7 +89,7 @@ def answered(
 def _consecutive(
     predict: Callable[[Tensor], Tensor], spec: DataSpec, loader: Loader, start: int, size: int
 ) -> Iterator[Predictions]:
-    """Shards from the row `start` on to the end of the split; the last may be smaller."""
+    """Yield the shards from row `start` to the end of the split; the last may be smaller."""
     loader.load_state_dict({"epoch": 0, "num_batches": start // loader.sampler.batch_size})
     held: list[Predictions] = []
     for batch in loader:

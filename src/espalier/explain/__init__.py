@@ -1,1 +1,1 @@
-"""Why a network answers as it does: functions from (model, input, class) to a map of attributions."""
+"""Explanations of single predictions: functions from (model, input, class) to a map of attributions."""

@@ -1,8 +1,8 @@
-"""What every method of explanation promises.
+"""The contract of explanation methods.
 
 A method is one file of this package, which holds one subclass of `Explainer`. It explains one sample at a time, so that
-its map depends on nothing but the network, the sample, the class and the setting, and the perturbed copies of that
-sample make the batches.
+its map depends on nothing but the network, the sample, the class and the setting. The perturbed copies of that sample
+make the batches.
 
 x has the shape of one sample and lies on the device of the model, which is in evaluation mode. A map is (H, W) for
 images, summed over channels, and (F,) for tables. Letters: N samples, C channels, H height, W width, F features.
@@ -29,7 +29,7 @@ PIECES_PER_SIDE = 8  # of an image: 64 pieces are few enough for shap and lime a
 
 @dataclass(frozen=True)
 class Setting:
-    """The choices of a user, and what the data contribute."""
+    """The settings of a method: the choices of the user, and values taken from the data."""
 
     baseline: Tensor  # of the shape of a sample: what a value becomes when it is taken away
     background: Tensor  # (N, *shape): training samples
@@ -44,7 +44,7 @@ class Setting:
 
 
 class Explainer(plugins.Plugin):
-    """A method of explanation; it holds nothing, so it is made anew for each call."""
+    """A method of explanation; it has no state, so it is made anew for each call."""
 
     guide: ClassVar[str] = "docs/explanation.md"
     package: ClassVar[str] = "torch"  # the module it computes with, of the extra `explain`
@@ -55,7 +55,7 @@ class Explainer(plugins.Plugin):
         """Return how much each position of x added to output `target` of the network: (H, W) or (F,)."""
 
     def prepare(self, model: nn.Module, x: Tensor, setting: Setting) -> Setting:
-        """Return the setting with what has to be known of a network.
+        """Return the setting with what the method needs to know of the network, such as a layer.
 
         Raises:
             ConfigError: the method does not fit the network.
@@ -63,12 +63,12 @@ class Explainer(plugins.Plugin):
         return setting
 
     def reference(self, model: nn.Module, target: int, setting: Setting) -> float | None:
-        """Return what the sum of a map and this add up to the output from; None for a method that promises no sum."""
+        """Return the value that the sum of a map has to be added to for the output; None if maps have no such sum."""
         return None
 
 
 def methods() -> list[str]:
-    """Names of all methods, those of the default first."""
+    """Return the names of all methods, those that run by default first."""
     found = plugins.members(explain, Explainer)  # type: ignore[type-abstract]
     return sorted(found, key=lambda name: (not found[name].by_default, name))
 
@@ -86,10 +86,10 @@ def method_named(name: str) -> Explainer:
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
-    """Return these methods, each once; of None those of the default.
+    """Return the named methods, each once, or the default ones for None.
 
     Raises:
-        ConfigError: one is no method, or its package is not installed.
+        ConfigError: a name is no method, or its package is not installed.
     """
     defaults = (name for name in methods() if method_named(name).by_default)
     found = list(dict.fromkeys(defaults if names is None else names))
@@ -115,10 +115,10 @@ def check(names: Sequence[str]) -> None:
 def fitting(
     names: Sequence[str], model: nn.Module, x: Tensor, setting: Setting, must_fit: bool
 ) -> tuple[dict[str, Setting], list[str]]:
-    """Each method that fits the network with what it has to know of it; remarks on those that do not fit.
+    """Return the settings of each method that fits the network, and a remark on each that does not.
 
     Raises:
-        ConfigError: a method does not fit although it must.
+        ConfigError: a method does not fit and `must_fit` is true.
     """
     settings: dict[str, Setting] = {}
     notes = []
@@ -139,12 +139,12 @@ def attribute(name: str, model: nn.Module, x: Tensor, target: int, setting: Sett
 
 @torch.no_grad()
 def scores(model: nn.Module, x_N: Tensor, target: int, batch_size: int) -> Tensor:
-    """Output `target` of the network for samples (N, *shape); (N,)."""
+    """Return output `target` of the network for samples (N, *shape); shape (N,)."""
     return torch.cat([model(x_B)[:, target] for x_B in x_N.split(batch_size)])
 
 
 def by_position(attribution: Tensor) -> Tensor:
-    """(C, H, W) summed over channels, so that the total stays what it was; features as they are."""
+    """Return an attribution (C, H, W) summed over channels, which keeps the total; that of features stays as it is."""
     return attribution.sum(dim=0) if attribution.ndim == 3 else attribution
 
 
@@ -154,10 +154,10 @@ def default_patch(shape: Sequence[int]) -> int:
 
 
 def piece_width(spec: DataSpec, patch: int | None) -> int:
-    """Pixels a side of what is taken away together.
+    """Return the side in pixels of the square that is removed at once; for a table, the default.
 
     Raises:
-        ConfigError: more than the image has, or no image.
+        ConfigError: `patch` is larger than the image, or the data are a table.
     """
     if patch is None:
         return default_patch(spec.shape)
@@ -169,13 +169,13 @@ def piece_width(spec: DataSpec, patch: int | None) -> int:
 
 
 def without_content(spec: DataSpec, baseline: Literal["mean", "zero"]) -> Tensor:
-    """Return a normalised sample: raw zeros, or the mean of the training samples, which is 0 by definition."""
+    """Return the baseline: raw zeros, normalised, or the mean of the training samples, which is 0 when normalised."""
     mean = torch.zeros(spec.shape)
     return mean if baseline == "mean" else Normalise(spec, torch.device("cpu"))(mean)
 
 
 def pieces(shape: Sequence[int], patch: int) -> Tensor:
-    """Which piece each position belongs to, counted from 0: squares of an image (H, W), one piece per feature (F,)."""
+    """Return the number of the piece that each position is in: squares of an image (H, W), single features (F,)."""
     if len(shape) != 3:
         return torch.arange(shape[0])
     height, width = shape[1:]
@@ -184,6 +184,6 @@ def pieces(shape: Sequence[int], patch: int) -> Tensor:
 
 
 def spread(value_P: Tensor, piece: Tensor) -> Tensor:
-    """Return a map from one value per piece: each position gets an equal part, so that the total stays."""
+    """Return a map from one value per piece: each position of a piece gets an equal part of its value."""
     size_P = piece.flatten().bincount()
     return (value_P / size_P)[piece]

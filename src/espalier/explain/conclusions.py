@@ -1,4 +1,4 @@
-"""What a reader of the numbers has to know, in words: which maps should not be trusted here."""
+"""Sentences that say which attribution maps should not be trusted, and why."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ MAX_INCOMPLETE = 0.01
 
 
 def untrustworthy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the methods that should not be trusted here, and what would help."""
+    """Return a line for each method that should not be trusted here, with what would help."""
     notes = []
     for row in rows:
         metrics = row["metrics"]
@@ -28,7 +28,7 @@ def untrustworthy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def caveats(spec: DataSpec, history: Iterable[Entry]) -> Iterator[str]:
-    """Yield what was not explained as it is."""
+    """Yield what a reader should know of the network and the features as they were explained."""
     if is_quantized(history):
         yield (
             "integers have no gradients: the network was explained as trained, with simulated integers, "

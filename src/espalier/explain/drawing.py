@@ -14,7 +14,7 @@ from espalier.spec import DataSpec
 
 
 def draw(spec: DataSpec, shown: Shown, maps: Mapping[str, Tensor], split: str, folder: Path) -> None:
-    """One figure per class, and `explain.png`: the first sample of each class, or for a table the mean of all."""
+    """Draw one figure per class, and `explain.png`: the first sample of each class, or for a table the mean of all."""
     kind, group_S = shown.kind, shown.kind.judge(shown.output, shown.y).group
     samples = [
         Explained(

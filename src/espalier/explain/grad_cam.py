@@ -24,13 +24,13 @@ Shapes = dict[str, tuple[int, ...]]  # module -> shape of its output, in the ord
 
 
 class GradCAM(Explainer):
-    """Looks at feature maps of one layer, weighted by the mean gradient of the output."""
+    """Weights the feature maps of one layer by the mean gradient of the output."""
 
     package: ClassVar[str] = "captum"
     by_default: ClassVar[bool] = True
 
     def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-        """Return where the layer saw what speaks for the output, scaled to the size of the image; never negative."""
+        """Return where the feature maps of the layer speak for the output, at the size of the image; never negative."""
         assert setting.layer is not None, "prepare chooses it"
         captum = require("captum.attr", EXTRA)
         model, layer = _with_layer(model, setting.layer)
@@ -40,10 +40,10 @@ class GradCAM(Explainer):
         return captum.LayerAttribution.interpolate(found, tuple(x.shape[1:]), "bilinear")[0, 0]
 
     def prepare(self, model: nn.Module, x: Tensor, setting: Setting) -> Setting:
-        """Choose the last layer whose maps have at least MIN_SIDE positions a side, or the finest there is.
+        """Choose the last layer whose maps have at least MIN_SIDE positions a side, or the one with the finest maps.
 
         Raises:
-            ConfigError: no layer has maps, or the one that the user named does not.
+            ConfigError: no layer has maps, or the one that the user named has none.
         """
         shapes = _output_shapes(model, x)
         maps: Shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4 and min(shape[2:]) > 1}
@@ -72,7 +72,7 @@ def _after(shapes: Shapes, name: str) -> list[tuple[int, ...]]:
 
 
 def _some(maps: Shapes) -> str:
-    """Return the layers that are no parts of others in the list, from the last one on."""
+    """Return the last few layers that are not parts of others, as text."""
     outer = [name for name in maps if not any(name.startswith(f"{other}.") for other in maps)]
     return ", ".join(outer[-8:])
 
@@ -96,7 +96,7 @@ def _output_shapes(model: nn.Module, x: Tensor) -> Shapes:
 
 
 def _with_layer(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
-    """Return the network and the module whose output is looked at; a graph, which calls none, gets one in a copy."""
+    """Return the network and the module whose output is used; for a captured graph, a copy with such a module."""
     if not isinstance(model, CapturedNet):
         return model, model.get_submodule(name)
     twin, probe = copy.deepcopy(model), nn.Identity()
@@ -110,7 +110,7 @@ def _with_layer(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _last_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Return module -> node of its output, in the order in which modules finish, inner ones first."""
+    """Return the node of each module's output, in the order in which modules finish, inner ones first."""
     nodes: dict[str, fx.Node] = {}
     for node in graph.nodes:
         for name in reversed(list(module_names(node))) if node.op == "call_function" else ():

@@ -20,7 +20,7 @@ class IntegratedGradients(Explainer):
     by_default: ClassVar[bool] = True
 
     def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-        """Return a map that adds up to the output of x minus that of the baseline, as far as the steps suffice."""
+        """Return a map that adds up to the output of x minus that of the baseline; more steps bring it closer."""
         method = require("captum.attr", EXTRA).IntegratedGradients(model)
         attribution = method.attribute(
             x[None].clone().requires_grad_(),

@@ -76,5 +76,5 @@ def _channels_last(x_CHW: Tensor) -> NDArray[Any]:
 
 
 def _in_order(weights: list[tuple[int, float]]) -> Tensor:
-    """LIME sorts them by size."""
+    """Return the weights in the order of their pieces; LIME sorts them by size."""
     return torch.tensor([weight for _, weight in sorted(weights)], dtype=torch.float64)

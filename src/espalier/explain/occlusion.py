@@ -18,7 +18,7 @@ class Occlusion(Explainer):
     by_default: ClassVar[bool] = True
 
     def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-        """Return the mean fall over the windows that cover a position; they overlap by half, and cover all channels."""
+        """Return the mean fall of the output over the windows that cover each position; they overlap by half."""
         stride = max(1, setting.patch // 2)
         is_image = x.ndim == 3
         attribution = (

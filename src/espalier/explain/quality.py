@@ -1,4 +1,4 @@
-"""How far a map can be trusted: does it add up, does it need the trained weights, does it find what matters.
+"""Tests of an attribution map: does it add up, does it need the trained weights, does it find what matters.
 
 Letters: S samples, N steps, P positions.
 """
@@ -16,7 +16,7 @@ TIES_STREAM = 1  # keeps users of one seed apart
 
 
 def completeness_error(total_S: Tensor, output_S: Tensor, reference_S: Tensor) -> float:
-    """Sum of |total of the map - (output - reference)| over the sum of |output - reference|; 0 is complete.
+    """Return the sum of |total of the map - (output - reference)| over the sum of |output - reference|; 0 is best.
 
     One ratio for all samples, because the output of one may be that of the reference; NaN if that is so for all.
     """
@@ -25,7 +25,7 @@ def completeness_error(total_S: Tensor, output_S: Tensor, reference_S: Tensor) -
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's correlation of the absolute values of two maps; 0 where one is constant, which has no order."""
+    """Return Spearman's correlation of the absolute values of two maps; 0 if one is constant and has no order."""
     ranked = [values.detach().abs().flatten().double().cpu() for values in (one, other)]
     if any(values.max() == values.min() for values in ranked):
         return 0.0
@@ -34,7 +34,7 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 
 @torch.no_grad()
 def randomised(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy that has learnt nothing: the entries of each parameter in random order.
+    """Return a copy whose weights are useless: the entries of each parameter are shuffled.
 
     For the model parameter randomisation test of Adebayo et al. 2018, arXiv 1810.03292, section 3, all layers at once.
     Another order instead of new numbers keeps the scale of every layer, whatever its kind.
@@ -50,10 +50,11 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
 def deletion_and_insertion(
     model: nn.Module, x: Tensor, target: int, attribution: Tensor, baseline: Tensor, seed: int
 ) -> tuple[float, float]:
-    """Mean probability of class `target` while positions go to the baseline, or come from it, the largest first.
+    """Return the areas under the deletion curve and the insertion curve of an attribution map, both in [0, 1].
 
-    Areas under the curves of Petsiuk et al. 2018, arXiv 1806.07421, section 3.3, in [0, 1]: a map that finds what
-    matters has a low deletion and a high insertion. Equal values of a map are taken in random order.
+    The curves show the probability of class `target` while positions are set to the baseline (deletion) or put back
+    (insertion), the largest attribution first: Petsiuk et al. 2018, arXiv 1806.07421, section 3.3. A map that finds
+    what matters has a low deletion and a high insertion. Equal values of a map are taken in random order.
     """
     values_P = attribution.flatten()
     num = len(values_P)

@@ -1,4 +1,4 @@
-"""The maps of one method for many samples, and what they are worth in numbers: a row of the report.
+"""Make the maps of one method for many samples, and measure them: one row of the report.
 
 Letters: S samples, H height, W width, F features.
 """
@@ -47,7 +47,7 @@ def measure(name: str, model: nn.Module, shown: Shown, setting: Setting) -> tupl
 def attribute(
     name: str, model: nn.Module, shown: Shown, places: Sequence[int], setting: Setting
 ) -> tuple[Tensor, list[float]]:
-    """Return maps of the samples at these places, and the seconds each took; a sample's seed follows from its index."""
+    """Return maps of the samples at these positions, and the seconds of each; a sample's seed follows its index."""
     console = terminal.console()
     maps: list[Tensor] = []
     seconds: list[float] = []
@@ -60,7 +60,7 @@ def attribute(
 
 
 def faithfulness(model: nn.Module, shown: Shown, maps_S: Tensor, setting: Setting) -> dict[str, float]:
-    """Mean areas under the deletion and insertion curves."""
+    """Return the mean areas under the deletion and insertion curves."""
     areas = [
         quality.deletion_and_insertion(model, x, target, map_, setting.baseline, seeding.key(setting.seed, index))
         for x, target, map_, index in zip(shown.x, shown.target.tolist(), maps_S, shown.index.tolist(), strict=True)
@@ -70,6 +70,6 @@ def faithfulness(model: nn.Module, shown: Shown, maps_S: Tensor, setting: Settin
 
 
 def random_order(model: nn.Module, shown: Shown, setting: Setting) -> dict[str, float]:
-    """`faithfulness` of constant maps, whose positions come in random order: what a map has to beat."""
+    """Return the `faithfulness` of maps that rank positions at random, which a useful map has to beat."""
     constant_S = torch.stack([base.by_position(torch.zeros_like(x, device="cpu")) for x in shown.x])
     return faithfulness(model, shown, constant_S, setting)

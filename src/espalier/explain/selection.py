@@ -28,7 +28,7 @@ Order = Literal["confident", "unsure", "first"]
 
 @dataclass(frozen=True)
 class Shown:
-    """The samples that are explained, by class and then as `choose` ordered them."""
+    """The samples to explain, class by class, within a class as `choose` ordered them."""
 
     kind: TargetKind  # what the answers mean
     x: Tensor  # (S, *shape), normalised
@@ -74,7 +74,7 @@ def class_numbers(spec: DataSpec, names: Sequence[str] | None) -> list[int]:
 
 
 def select(found: Predictions, split: str, numbers: Sequence[int], num: int, order: Order) -> tuple[Tensor, list[str]]:
-    """Places in `found`, at most `num` of each class, class by class; remarks on the classes that are not shown.
+    """Return positions in `found`, at most `num` of each class, class by class; and remarks on classes left out.
 
     Raises:
         ConfigError: the split holds no sample of any of these classes.
@@ -92,10 +92,10 @@ def select(found: Predictions, split: str, numbers: Sequence[int], num: int, ord
 
 
 def choose(member_N: Tensor, is_wrong_N: Tensor, confidence_N: Tensor, num: int, order: Order) -> list[int]:
-    """At most `num` of the samples `member_N` (positions in the other two), right ones first.
+    """Return at most `num` of the samples `member_N` (positions in the other two), correct ones first.
 
-    A third of the places, at least one of two or more, is for wrong ones; where one kind is rare the other fills up.
-    `confident` takes the highest confidence first, `unsure` the lowest, `first` the order of the split.
+    A third of them, at least one of two or more, are wrong ones; if one kind is rare, the other fills up. `confident`
+    takes the highest confidence first, `unsure` the lowest, `first` the order of the split.
     """
     ranked = {"confident": -confidence_N, "unsure": confidence_N, "first": member_N}
     rank_N = ranked[order] if order == "first" else ranked[order][member_N]

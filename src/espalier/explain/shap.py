@@ -59,7 +59,7 @@ class SHAP(Explainer):
 
 @contextmanager
 def _numpy_state() -> Iterator[None]:
-    """Yield the explainer seeds numpy's global generator."""
+    """Restore numpy's global random state after the block, as the explainer seeds it."""
     state = np.random.get_state()
     try:
         yield

@@ -20,7 +20,7 @@ class SmoothGrad(Explainer):
     by_default: ClassVar[bool] = True
 
     def explain(self, model: nn.Module, x: Tensor, target: int, setting: Setting) -> Tensor:
-        """Return the signed mean gradient; the noise follows from the seed alone."""
+        """Return the mean gradient with its sign; the noise follows from the seed alone."""
         captum = require("captum.attr", EXTRA)
         method = captum.NoiseTunnel(captum.Saliency(model))
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):

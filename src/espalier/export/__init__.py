@@ -1,1 +1,1 @@
-"""From a trained network to a file that runs without torch, and what that file does when it runs."""
+"""Writes a trained network as a file that runs without torch, runs such files and measures them."""

@@ -28,7 +28,7 @@ ENTRIES_OF_CODE = (".cpp", ".h")  # what was compiled; loading needs the compile
 
 
 class AOTInductor(Format):
-    """Compiles for the processor it runs on."""
+    """Machine code for the kind of processor on which it was compiled."""
 
     runtime: ClassVar[str] = "aotinductor"
     files: ClassVar[tuple[str, ...]] = ("model.aot.pt2",)
@@ -75,7 +75,7 @@ class Session:
 
 
 def _strip(package: Path, target: Path) -> None:
-    """Copy without the C++ code, and with dots for the folders of this machine, which error messages would show."""
+    """Copy the package without the C++ code, and with dots for folders of this machine in its error messages."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folders = [str(Path(torch.__file__).parents[1]).encode(), cache_dir().encode()]

@@ -1,4 +1,4 @@
-"""What can be timed beside each other: a network in one runtime, in one precision, on a number of threads.
+"""The candidates of a benchmark: a network in one runtime, in one precision, on a number of threads.
 
 Letters: B batch, K outputs.
 """
@@ -37,7 +37,7 @@ FEW_CALLS = 100  # below, the 99th percentile is the slowest call or close to it
 
 @dataclass(frozen=True)
 class Network:
-    """What one source has to offer: a network in torch, or the files of a bundle."""
+    """A source of the benchmark: a network in torch, or the files of a bundle."""
 
     name: str
     history: Sequence[Entry]
@@ -48,14 +48,14 @@ class Network:
     files: dict[tuple[str, str], Path] = field(default_factory=dict)  # of a runtime and a precision, once written
 
     def in_precision(self, form: Precision) -> nn.Module:
-        """Return a copy of the module that is shipped."""
+        """Return a copy of the shipped module in this precision."""
         assert self.deployable is not None
         return formats.in_precision(copy.deepcopy(self.deployable.module), form)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Ready to be called."""
+    """A network in a runtime, ready to be called and measured."""
 
     row: dict[str, Any]  # of the report; filled while measuring
     forward: Predict  # finished when it returns
@@ -66,7 +66,7 @@ class Candidate:
 def plan(
     networks: Sequence[Network], runtimes: Sequence[Runtime], precision: Sequence[Precision]
 ) -> tuple[list[Choice], list[str]]:
-    """Return what can be run, and a line for each thing that was asked for and cannot."""
+    """Return what can be run, and a line for each choice of the user that cannot."""
     choices: list[Choice] = []
     notes: list[str] = []
     for choice in product(networks, dict.fromkeys(runtimes), dict.fromkeys(precision)):
@@ -100,10 +100,10 @@ def _title(choice: Choice) -> str:
 def build(
     choices: Sequence[Choice], device: torch.device, folder: Path, batch_size: Count, threads: Count
 ) -> tuple[list[Candidate], list[str]]:
-    """All that can be called, and a line for each whose network cannot be written in its format.
+    """Return all candidates that can be called, and a line for each whose network cannot be written in its format.
 
     Raises:
-        ConfigError: none can.
+        ConfigError: no candidate can be called.
     """
     ready: list[Candidate] = []
     notes: list[str] = []
@@ -118,9 +118,9 @@ def build(
 
 
 def candidate(choice: Choice, device: torch.device, folder: Path, batch_size: Count, threads: Count) -> Candidate:
-    """Ready to be called: a module on `device`, or a file on the CPU, which is written below `folder` if need be.
+    """Return a candidate ready to be called: a module on `device`, or a file on the CPU.
 
-    `batch_size` is that of the call whose memory is weighed.
+    The file is written below `folder` if it does not exist. Memory is measured with calls of `batch_size` samples.
     """
     if choice[1] in IN_TORCH:
         return _in_torch(choice, device, batch_size, threads)
@@ -170,7 +170,7 @@ def _file(choice: Choice, folder: Path) -> Path:
 
 
 def on_device(module: nn.Module, runtime: Runtime, device: torch.device) -> Predict:
-    """Return the module on a device; compiled anew for each batch size, as one does who serves a fixed one."""
+    """Return the module on a device; a compiled one is compiled anew for each batch size."""
     module = module.to(device)
     compute: Predict = torch.compile(module, dynamic=False) if runtime == "compiled" else module
 
@@ -192,7 +192,7 @@ def _prepare_module(
     shape: tuple[int, ...],
     device: torch.device,
 ) -> Load:
-    """For `memory.peak_bytes`: the network is rebuilt before the count, and loaded as a copy in it."""
+    """Rebuild the network and return what `memory.peak_bytes` counts: loading a copy of it and calling it."""
     torch.set_num_threads(threads)
     network = rebuild()
     return on_zeros(
@@ -201,7 +201,7 @@ def _prepare_module(
 
 
 def time(candidates: Sequence[Candidate], x_B: Tensor, batches: Sequence[Count], rounds: Count) -> Iterator[str]:
-    """Fill the rows; all candidates of a batch size take turns. Yields what a reader has to know of it."""
+    """Fill latencies into the rows, with all candidates of a batch size in turns; yield remarks for the reader."""
     for candidate in candidates:
         candidate.row.update(speedup={}, latency_ms={}, samples_per_second={})
     for batch_size in dict.fromkeys(batches):
@@ -219,7 +219,10 @@ def time(candidates: Sequence[Candidate], x_B: Tensor, batches: Sequence[Count],
 
 
 def predictor(candidate: Candidate, batch_size: Count) -> Predict:
-    """Logits on the CPU, in torch by calls of the size that is timed: a compiled network is one per size."""
+    """Return a function that gives logits on the CPU.
+
+    Torch is called with the batch size that is timed, padded if need be: each size would be compiled anew.
+    """
     if candidate.row["runtime"] not in IN_TORCH:
         return candidate.forward
 
@@ -231,7 +234,7 @@ def predictor(candidate: Candidate, batch_size: Count) -> Predict:
 
 
 def weigh(candidates: Sequence[Candidate], threads: Count) -> Iterator[str]:
-    """Fill in the peak memory. Yields what a reader has to know of it."""
+    """Fill peak memory into the rows; yield remarks for the reader."""
     for candidate in candidates:
         try:
             candidate.row["peak_bytes"] = peak_bytes(candidate.prepare, threads)

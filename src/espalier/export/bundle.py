@@ -29,37 +29,37 @@ class Bundle:
 
     @property
     def said(self) -> str:
-        """The folder, for the line that a user sees."""
+        """Return the folder as the user reads it."""
         return str(self.path)
 
     @property
     def name(self) -> str:
-        """What the network has been through, such as `prune_channels+qat`."""
+        """Return the methods that made the network, such as `prune_channels+qat`."""
         return str(self.content["name"])
 
     @property
     def spec(self) -> DataSpec:
-        """Sizes, class names and the preprocessing: model input is `(raw / scale - mean) / std`."""
+        """Return sizes, class names and the preprocessing: model input is `(raw / scale - mean) / std`."""
         return DataSpec.from_dict(self.content["data"])
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of data, model and learner that the network was trained with."""
+        """Return the configuration of data, model and learner that the network was trained with."""
         return conf_dir.completed(self.content["config"])
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """How the network was compressed; see `compression/base.py`."""
+        """Return the steps by which the network was compressed; see `compression/base.py`."""
         return [dict(entry) for entry in self.content["compression"]]
 
     @property
     def sample_by_sample(self) -> bool:
-        """Whether samples must be run one per call, because the runtime gives each call one range of values."""
+        """Return whether samples must be run one per call, because the runtime gives each call one range of values."""
         return bool(self.content["sample_by_sample"])
 
     @property
     def formats(self) -> list[str]:
-        """The formats that it holds, such as `onnx`."""
+        """Return the names of the formats in the bundle, such as `onnx`."""
         return list(self.content["formats"])
 
     def file(self, name: str) -> Path:
@@ -82,12 +82,12 @@ def write(draft: Path, target: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(key: str, folder: Path) -> Bundle:
-    """Return the bundle in a folder, every file compared with its sha256.
+    """Return the bundle in a folder, after every file was compared with its sha256.
 
-    Nothing else may lie there: a network can name files beside it, whose change nobody would notice.
+    No other file may lie there: a network can name files beside it, whose change nobody would notice.
 
     Raises:
-        ConfigError: something is missing, changed, too much, or of another version; the message starts with `key`.
+        ConfigError: a file is missing, changed, unexpected, or of another version; the message starts with `key`.
     """
     try:
         content = _parsed(folder / FILE)
@@ -119,7 +119,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     """Return the content of a `bundle.json`.
 
     Raises:
-        ValueError: it is a link, no file, too long, or not what `write` writes.
+        ValueError: it is a link, no file, too long, or not of the form that `write` writes.
     """
     if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_BYTES:
         raise ValueError

@@ -1,4 +1,4 @@
-"""What a reader of the table has to know, in words: what was lost, what is not as fast as it is small."""
+"""Remarks on the table of exported networks: what was lost, and what is smaller without being faster."""
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]  # of a report
 
 
 def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_drop: float) -> str:
-    """Return the metric of both rows; marked where more than `max_drop`, in the metric's unit, was lost."""
+    """Return a line with the metric before and after; mark a loss of more than `max_drop`, in the metric's unit."""
     then, now = before["metrics"][metric], after["metrics"][metric]
     lost = then - now if mode == "max" else now - then
     line = f"{metric} {then:.4f} -> {now:.4f}, " + (f"{lost:.4f} lost" if lost > 0 else "nothing lost")
@@ -25,18 +25,18 @@ def drop(before: Row, after: Row, metric: str, mode: Literal["min", "max"], max_
 
 
 def kept_in_float(name: str, conversion: Conversion | None) -> Iterator[str]:
-    """Return a remark where a format does not carry out the quantization that the network was meant for."""
+    """Yield a remark if a format does not carry out the quantization that the network was trained for."""
     if conversion is not None and conversion.kind not in formats.named(name).conversions:
         yield f"{name} keeps in float what ONNX Runtime computes in {conversion.bits} bits ({conversion.kind})"
 
 
 def agreement(metric: str, values: Mapping[str, float]) -> str:
-    """Return the same metric of the same network in several forms: prepared, converted, deployed."""
+    """Return a line with the same metric for each form of the network: prepared, converted, deployed."""
     return f"{metric}: " + ", ".join(f"{form} {value:.4f}" for form, value in values.items())
 
 
 def fusion(quantized: Artifact) -> str:
-    """Which integer operators the runtime runs, or that it runs none, or which layers it left in float."""
+    """Say which integer operators the runtime runs, that it runs none, or which layers it left in float."""
     unfused = onnx_operators.unfused(quantized.path)
     if unfused:
         return (
@@ -62,7 +62,7 @@ def slower(rows: Iterable[Row], after: Row) -> Iterator[str]:
 
 
 def zeros(after: Row, pruned: Artifact) -> str:
-    """Say what masks bring: nothing to a runtime with dense kernels; a smaller file only where it travels packed."""
+    """Say what masked zeros bring: no speed with dense kernels, and a smaller file only when it is packed."""
     packed = len(zlib.compress(pruned.path.read_bytes()))
     share = 1 - after["nonzero"] / after["params"]
     return (

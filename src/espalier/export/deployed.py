@@ -24,7 +24,7 @@ Predict = Callable[[Tensor], Tensor]  # x (B, ...) to the network's output
 
 @dataclass(frozen=True)
 class Deployable:
-    """A trained network, and what it is shipped as."""
+    """A trained network, and the form in which it is shipped."""
 
     trained: nn.Module  # masks and quantizers in place: what parameters, zeros and MACs are counted in
     history: list[Entry]  # without a teacher
@@ -34,7 +34,7 @@ class Deployable:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported network beside the one it came from."""
+    """An exported file, with the network that it was made from."""
 
     name: str
     trained: nn.Module  # masks and quantizers in place: what parameters, zeros and MACs are counted in
@@ -49,12 +49,12 @@ class Artifact:
 
 
 def name_of(history: Iterable[Entry]) -> str:
-    """Return what a network has been through, for tables: `prune_channels+qat`, or `fp32` where that is nothing."""
+    """Return the methods that a network went through, as in tables: `prune_channels+qat`, or `fp32` if none."""
     return "+".join(str(entry["method"]) for entry in history) or "fp32"
 
 
 def deployable(trained: nn.Module, history: Sequence[Entry]) -> Deployable:
-    """Return the deployable form of a network, in evaluation mode; `trained` loses its teacher and stays as it is."""
+    """Return the deployable form of a network, in evaluation mode; `trained` loses its teacher, nothing else."""
     trained, kept = without_teacher(trained, history)
     return Deployable(trained.eval(), kept, finalize(copy.deepcopy(trained), kept).eval(), conversion(kept))
 
@@ -71,7 +71,7 @@ def export(
 def measure(
     artifacts: Sequence[Artifact], learner: Learner, test: Iterable[Batch], batches: Sequence[int], threads: int
 ) -> list[dict[str, Any]]:
-    """One row of the report per artifact; latencies are interleaved, so what disturbs one disturbs all."""
+    """Return one row of the report per artifact; latencies are measured in turns, so that noise hits all alike."""
     shape = tuple(learner.spec.shape)
     sessions = [onnx.Session(artifact.path, threads) for artifact in artifacts]
     rows: list[dict[str, Any]] = [
@@ -95,19 +95,19 @@ def measure(
 
 
 def predictor(artifact: Artifact, session: onnx.Session) -> Predict:
-    """Return the session, sample by sample where it has to be."""
+    """Return the session as a function, called sample by sample if the network needs that."""
     return one_by_one(session) if is_dynamic(artifact.conversion) else session
 
 
 def session(name: str, path: Path, threads: int, is_dynamic: bool) -> Predict:
-    """Open a file of a format in its runtime, called sample by sample where it has to be."""
+    """Open a file of a format in its runtime; call it sample by sample if the network needs that."""
     chosen = formats.named(name)
     opened = chosen.session(path, threads)
     return one_by_one(opened) if is_dynamic and "dynamic" in chosen.conversions else opened
 
 
 def is_dynamic(conversion: Conversion | None) -> bool:
-    """Whether ONNX Runtime gives the activations one range per call, so that a sample's output depends on the rest."""
+    """Return whether ONNX Runtime takes the range of activations over a whole call, so that its samples interact."""
     return conversion is not None and conversion.kind == "dynamic"
 
 
@@ -128,7 +128,7 @@ def score(predict: Predict, learner: Learner, test: Iterable[Batch]) -> dict[str
 
 
 def ratios(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    """How many times smaller and faster: size, parameters, non-zeros, MACs, median latency per batch size."""
+    """Return how many times smaller and faster it is, in size, parameters, non-zeros, MACs and latency per batch."""
     found = {
         name: before[key] / max(after[key], 1)
         for name, key in (("size", "size_bytes"), ("params", "params"), ("nonzero", "nonzero"), ("macs", "macs"))
@@ -139,7 +139,7 @@ def ratios(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
 
 
 def latency_ms(model: nn.Module, input_shape: tuple[int, ...]) -> float:
-    """Median milliseconds of one sample in ONNX Runtime on one thread, for a float network."""
+    """Return the median latency in milliseconds of one sample of a float network in ONNX Runtime on one thread."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.write(model, input_shape, path)

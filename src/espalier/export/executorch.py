@@ -21,7 +21,7 @@ NOT_LOWERED = "quantized_decomposed"  # operators that XNNPACK has taken in wher
 
 
 class ExecuTorch(Format):
-    """A program for phones, whose layers XNNPACK runs."""
+    """A program for phones and embedded devices, whose layers XNNPACK runs."""
 
     runtime: ClassVar[str] = "executorch"
     files: ClassVar[tuple[str, ...]] = ("model.pte",)

@@ -1,4 +1,4 @@
-"""What a network can be written as, and what all formats share.
+"""The contract of export formats, and the code that all formats share.
 
 A format is one file of this package, which holds one subclass of `Format`. `docs/formats.md` compares them and shows
 how each file is used without this package.
@@ -35,7 +35,7 @@ MAX_REASON = 200  # characters of what a converter says; some print the whole gr
 
 
 class Format(plugins.Plugin):
-    """A format; it holds nothing, so it is made anew for each call."""
+    """A format that a network can be written in; it has no state, so it is made anew for each call."""
 
     guide: ClassVar[str] = "docs/formats.md"
     files: ClassVar[tuple[str, ...]]  # of a bundle; a session opens the first one
@@ -57,25 +57,27 @@ class Format(plugins.Plugin):
     def write(
         self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
     ) -> None:
-        """Write a network in evaluation mode as it is; a crash leaves the old files or the new.
+        """Write a network in evaluation mode unchanged; a crash leaves the old files or the new.
 
-        `path` is that of the first file, the others lie beside it. Raises `ConfigError` where the format cannot hold
-        the network.
+        `path` is that of the first file, the others lie beside it.
+
+        Raises:
+            ConfigError: the format cannot hold the network.
         """
 
     def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
-        """Open a file on the CPU; samples (B, ...) become float32 logits (B, K) on the CPU, without gradients."""
+        """Open a file on the CPU; the result maps samples (B, ...) to float32 logits (B, K), without gradients."""
         raise NotImplementedError(f"{type(self).__name__} has no runtime")
 
 
 def names() -> list[str]:
-    """Names of all formats, the preferred ones first."""
+    """Return the names of all formats, the preferred ones first."""
     found = plugins.members(export, Format)  # type: ignore[type-abstract]
     return sorted(found, key=lambda name: (found[name].place, name))
 
 
 def runnable() -> list[str]:
-    """Names of the formats that a runtime runs."""
+    """Return the names of the formats that a runtime runs."""
     return [name for name in names() if named(name).runtime is not None]
 
 
@@ -102,7 +104,7 @@ def require_package(key: str, package: str, remedy: str) -> None:
 
 
 class InPrecision(nn.Module):
-    """A network that computes in `dtype`, with float32 samples before it and float32 outputs behind it."""
+    """A network that computes in `dtype`, but takes float32 samples and returns float32 outputs."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -141,9 +143,9 @@ def require_precision(name: str, model: nn.Module) -> None:
 
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """Yield a path of that name in a folder of its own; what is written into that folder replaces what lies at `path`.
+    """Yield a path of that name in a new folder, whose files replace those beside `path` when the block ends well.
 
-    Only when the block ends well: before, and after an error, nothing has changed.
+    Before, and after an error, nothing has changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -158,7 +160,7 @@ def draft(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def converting(name: str) -> Iterator[None]:
-    """Turn what a converter raises into one line that says which format cannot hold the network."""
+    """Turn errors of a converter into one line that says which format cannot hold the network."""
     try:
         with quiet():
             yield
@@ -169,7 +171,7 @@ def converting(name: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what the first of a chain of errors says; openvino begins with places in its C++."""
+    """Return the first line of the first of a chain of errors, without the C++ source positions of openvino."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not PLACE_IN_CPP.match(line)]
@@ -178,7 +180,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """No output of libraries, that of their C++ among it; errors are raised all the same."""
+    """Discard all output inside the block, also that of C++ libraries; errors are raised all the same."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
@@ -196,7 +198,7 @@ def silent() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing below an error from the exporters, which warn about packages and pre-processing nobody asked for."""
+    """Discard warnings and log records below an error inside the block: exporters warn of what nobody can change."""
     level, handlers = logging.root.manager.disable, list(logging.root.handlers)
     logging.disable(logging.WARNING)
     try:
@@ -209,7 +211,7 @@ def quiet() -> Iterator[None]:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """Return a copy to be written: on the CPU, in evaluation mode, without gradients."""
+    """Return a copy on the CPU for writing, in evaluation mode, without gradients."""
     twin: Any = copy.deepcopy(model)
     twin = twin.cpu().eval().requires_grad_(False)
     if isinstance(twin, CapturedNet):

@@ -1,6 +1,6 @@
-"""A deployable network as an ONNX file without anything a runtime does not need, and ONNX Runtime running it.
+"""Write a deployable network as an ONNX file without anything a runtime does not need, and run it in ONNX Runtime.
 
-Files are small because names and attributes are: an int8 network of 20 kB comes with 110 kB of stack traces.
+Names and attributes are shortened or dropped: to an int8 network of 20 kB, torch adds 110 kB of stack traces.
 Letters: B batch, N output features, K input features, J blocks of a row.
 """
 
@@ -38,7 +38,7 @@ CONV_DEFAULTS = {"dilations": {1}, "strides": {1}, "pads": {0}}  # of each axis;
 def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
     """Write a network in evaluation mode to `path`, for batches of any size; a crash leaves the old file or the new.
 
-    `conversion` replaces linear layers by operators of the runtime, which torch has no name for.
+    `conversion` replaces linear layers by operators of the runtime that torch does not have.
 
     Raises:
         ConfigError: torch cannot export the network, or the runtime has no kernels for its precision.
@@ -95,7 +95,7 @@ def _export(model: nn.Module, input_shape: tuple[int, ...]) -> ModelProto:
 
 
 def _name_after_modules(graph: GraphProto) -> None:
-    """Layers are called after the module they come from, a second one `module/2`; other operators nothing."""
+    """Name each layer after its module, a second one `module/2`; remove the names of other operators."""
     counts: Counter[str] = Counter()
     for node in graph.node:
         node.name = _module_of(node) if node.op_type in LAYERS else ""
@@ -110,9 +110,9 @@ def _module_of(node: NodeProto) -> str:
 
 
 def _dynamic(proto: ModelProto, conversion: Conversion) -> ModelProto:
-    """Weights int8 per output channel, activations uint8 with a scale that each call finds.
+    """Return the graph with int8 weights per output channel, and uint8 activations whose scale each call finds.
 
-    Linear layers alone: a convolution has no fast kernel for it (a ResNet-8 takes 4 times as long as in float).
+    Only linear layers change: a convolution has no fast kernel for it (a ResNet-8 takes 4 times as long as in float).
     """
     skipped = [node.name for node in proto.graph.node if _is_skipped(node, conversion)]
     with TemporaryDirectory() as folder:
@@ -129,7 +129,10 @@ def _dynamic(proto: ModelProto, conversion: Conversion) -> ModelProto:
 
 
 def _weight_only(proto: ModelProto, conversion: Conversion) -> ModelProto:
-    """Weights packed in blocks, decoded by the operator that multiplies; see `compression.weight_only`."""
+    """Return the graph with weights packed in blocks, decoded by the operator that multiplies.
+
+    See `compression.weight_only`.
+    """
     graph = proto.graph
     constants = {constant.name: constant for constant in graph.initializer}
     for node in graph.node:
@@ -171,7 +174,7 @@ def _is_skipped(node: NodeProto, conversion: Conversion) -> bool:
 
 
 def _pool(graph: GraphProto) -> None:
-    """Write the mean over height and width as the one operator for it, which the runtime also has on integers."""
+    """Replace the mean over height and width by the one operator for it, which the runtime also has for integers."""
     constants = {constant.name: constant for constant in graph.initializer}
     for node in graph.node:
         if node.op_type != "ReduceMean" or node.input[1] not in constants:
@@ -182,7 +185,7 @@ def _pool(graph: GraphProto) -> None:
 
 
 def _strip(proto: ModelProto) -> None:
-    """Remove what describes the graph instead of being it, attributes at their default among it."""
+    """Remove everything that only describes the graph, and attributes that have their default."""
     graph = proto.graph
     for owner in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         owner.ClearField("metadata_props")
@@ -198,7 +201,7 @@ def _strip(proto: ModelProto) -> None:
 
 
 def _is_default(node: NodeProto, attribute: AttributeProto) -> bool:
-    """Whether the runtime would assume this value, or read it from the shape of the kernel."""
+    """Return whether the runtime would assume this value anyway, or read it from the shape of the kernel."""
     if node.op_type == "Conv" and (
         attribute.name == "kernel_shape" or set(attribute.ints) == CONV_DEFAULTS.get(attribute.name)
     ):
@@ -211,7 +214,7 @@ def _is_default(node: NodeProto, attribute: AttributeProto) -> bool:
 
 
 def _shorten(graph: GraphProto) -> None:
-    """Shorten the names of all tensors but input and output; constants of equal value become one, unused ones go."""
+    """Shorten the names of all tensors but input and output; merge equal constants, and remove unused ones."""
     used = {name for node in graph.node for name in node.input}
     short: dict[str, str] = {"": "", INPUT: INPUT, OUTPUT: OUTPUT}
     constants: dict[bytes, TensorProto] = {}
@@ -236,9 +239,9 @@ def _shorten(graph: GraphProto) -> None:
 
 
 def unshare(graph: GraphProto) -> None:
-    """Give each use of an int8 constant its own: the runtime cannot make uint8 of one that two operators use.
+    """Give each operator its own copy of an int8 constant: the runtime cannot turn a shared one into uint8.
 
-    It does so where the processor needs it (see `session.py`).
+    The runtime does so on processors that lack exact int8 (see `session.py`).
     """
     shared = {constant.name: constant for constant in graph.initializer if constant.data_type == TensorProto.INT8}
     uses: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a file: the operators that it executes, and the layers that it left in float."""
+"""Inspect a file as ONNX Runtime runs it: the operators that it executes, and the layers that it left in float."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,12 +22,12 @@ def operators(path: Path) -> Counter[str]:
 
 
 def is_integer(operator: str) -> bool:
-    """Whether a layer of this type multiplies or adds integers."""
+    """Return whether a layer of this type multiplies or adds integers."""
     return operator.startswith(INTEGER_LAYERS)
 
 
 def unfused(path: Path) -> list[str]:
-    """Layers, by module and operator, that are quantized in the file and yet computed in float by the runtime.
+    """Return the layers that are quantized in the file but computed in float by the runtime, by module and operator.
 
     A layer that reads a float tensor was not meant to be quantized and is not listed.
     """

@@ -18,7 +18,7 @@ from espalier.export.formats import Format, converting, draft, require_package, 
 
 
 class OpenVINO(Format):
-    """A graph and its weights, made from the ONNX file."""
+    """An OpenVINO graph and its weights, made from the ONNX file."""
 
     runtime: ClassVar[str] = "openvino"
     files: ClassVar[tuple[str, ...]] = ("model.xml", "model.bin")

@@ -1,7 +1,7 @@
-"""Whether an exported file answers as the network that it was made from, from raw values to labels.
+"""Check that an exported file gives the same answers as the network that it was made from.
 
-Both sides get the same raw samples. One way is training's: torch normalises, the network answers. The other way is the
-server's: numpy normalises, a runtime answers.
+Both sides get the same raw samples. One side is that of training: torch normalises, the network answers. The other is
+that of the server: numpy normalises, a runtime answers.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ METRIC_EPS = 1e-4  # a metric is a sum of float32 values in another order
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two forms of a network agree on `num_samples` samples."""
+    """The differences between two forms of a network on `num_samples` samples."""
 
     num_samples: int
     max_difference: float  # of a logit
@@ -34,24 +34,24 @@ class Parity:
     exported: float  # and of the file in its runtime
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as bundles store it; null stands for a difference that is no number."""
+        """Return plain types, as bundles store them; a difference that is not a number becomes null."""
         return {**asdict(self), "max_difference": self.max_difference if isfinite(self.max_difference) else None}
 
     def to_metrics(self) -> dict[str, float]:
-        """Return what the report shows."""
+        """Return the differences under the names of the report."""
         return {self.metric: self.exported, "same label": self.same_label, "max difference": self.max_difference}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a file must keep of the network that it was made from."""
+    """The largest differences from its network with which an exported file is accepted."""
 
     is_exact: bool  # float32 all through: only rounding may differ
     tolerance: float  # of a logit, where exact
     agreement: float  # least share of equal labels, or of the metric of a regression, where numbers are rounded
 
     def problem(self, found: Parity) -> str | None:
-        """Return what was not kept, in words; None where all was."""
+        """Return which limit is exceeded, in words, or None."""
         least = 1.0 if self.is_exact else self.agreement
         if not isfinite(found.max_difference):
             return "answers with numbers that are not finite"
@@ -67,7 +67,7 @@ class Gate:
 
 
 def compare(eager: Predict, exported: Predict, learner: Learner, samples: Samples | Reader) -> Parity:
-    """Run both on every raw sample; `eager` and `exported` take normalised samples (B, ...) on the CPU."""
+    """Run both networks on every raw sample; both take normalised samples (B, ...) on the CPU."""
     spec, metric = learner.spec, learner.monitor.replace("val/", "test/")
     metrics = [learner.new_metrics("test"), learner.new_metrics("test")]
     in_torch = Normalise(spec, torch.device("cpu"))

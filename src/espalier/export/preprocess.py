@@ -1,4 +1,4 @@
-"""From what a user has to what a network takes, in numpy: servers and scripts without torch do as training did.
+"""Turn a user's values into network input in numpy, so that servers and scripts without torch do as training did.
 
 Letters: B batch, C channels, H height, W width.
 """
@@ -23,7 +23,7 @@ PICTURE = (
 
 
 def normalise(spec: DataSpec, raw: NDArray) -> NDArray[np.float32]:
-    """Model input of raw values (B, *shape): `FORMULA`, bit-equal to `data.prepare.Normalise`."""
+    """Return the model input of raw values (B, *shape) by `FORMULA`, bit-equal to `data.transforms.Normalise`."""
     shape = (len(spec.mean), *[1] * (len(spec.shape) - 1))
     mean = np.array(spec.mean, dtype=np.float32).reshape(shape)
     std = np.array(spec.std, dtype=np.float32).reshape(shape)
@@ -31,10 +31,10 @@ def normalise(spec: DataSpec, raw: NDArray) -> NDArray[np.float32]:
 
 
 def raw_of(spec: DataSpec, image: "Image.Image") -> NDArray[np.float32]:
-    """Return a picture as raw values (C, H, W), of the pixels that training reads; white is `scale`, black is 0."""
+    """Return a picture as raw values (C, H, W), read as training reads it; white is `scale`, black is 0."""
     return scaled(spec, pictures.to_array(image, spec.shape, spec.background))
 
 
 def scaled(spec: DataSpec, pixels_HWC: pictures.Pixels) -> NDArray[np.float32]:
-    """Pixels of 0 to 255 as raw values (C, H, W), whatever the unit of these."""
+    """Return pixels (H, W, C) of 0 to 255 as raw values (C, H, W) in the unit of the data set."""
     return pixels_HWC.transpose(2, 0, 1).astype(np.float32) * np.float32(spec.scale / 255)

@@ -1,4 +1,4 @@
-"""From samples to outputs, and what that costs: a network in torch, a file of a bundle, or a file written for it."""
+"""Run samples through a network and measure the cost: in torch, by a file of a bundle, or by a file written for it."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ Row = dict[str, Any]  # of a report
 
 
 def choose(bundle: Bundle, wanted: str | None) -> str:
-    """Return the format that `task.runtime` asks for; None: the first that it holds and that is no machine code.
+    """Return the format for `task.runtime`; None takes the first of the bundle that is no machine code.
 
     Raises:
         ConfigError: the bundle has no such format, or this machine no such runtime.
@@ -43,7 +43,7 @@ def choose(bundle: Bundle, wanted: str | None) -> str:
 
 
 def in_torch(network: nn.Module, strategy: Strategy) -> Predict:
-    """Return the network as a trainer runs it, in its precision, on its device; samples and outputs are on the CPU."""
+    """Return the network as a trainer runs it, in its precision and on its device; it takes and gives CPU tensors."""
     plugin, device = strategy.precision_plugin, strategy.root_device
     network = plugin.convert_module(network.eval()).to(device)
 
@@ -55,7 +55,7 @@ def in_torch(network: nn.Module, strategy: Strategy) -> Predict:
 
 
 def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
-    """Return what a bundle says of the cost of one of its formats, and that format, ready to run."""
+    """Return the recorded cost of one format of a bundle, and the network in that format, ready to run."""
     rows = [row for row in bundle.content["report"] if row["name"] == name]
     row = {"name": bundle.name, **{key: row[key] for row in rows for key in COUNTED if key in row}}
     return row, deployed.session(name, bundle.file(name), threads, bundle.sample_by_sample)
@@ -64,7 +64,7 @@ def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
 def of_network(
     network: Deployable, name: str, shape: tuple[int, ...], folder: Path, threads: int
 ) -> tuple[Row, Predict]:
-    """Return the same of a format that is written into `folder`."""
+    """Write a network into `folder` in one format; return its cost, and the network in that format, ready to run."""
     written = formats.named(name)
     path = folder / written.files[0]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The weights of the deployable network and nothing else: names, shapes and numbers, in an open format.
 
-Who reads them needs the code of the network. Of a network with fixed 8-bit ranges they are the integers, scales and
-zero points under the names of its graph, which `torch_export` holds; other networks keep the names of their modules.
+Who reads them needs the code of the network. Weights have the names of the network's modules. Only a network with fixed
+8-bit ranges has integers, scales and zero points instead, under the names of the graph that `torch_export` writes.
 """
 
 import json
@@ -17,7 +17,7 @@ from espalier.export.formats import DTYPES, Format, InPrecision, converting, dra
 
 
 class Safetensors(Format):
-    """Weights alone."""
+    """A file of weights alone, which no runtime runs."""
 
     files: ClassVar[tuple[str, ...]] = ("model.safetensors",)
     precisions: ClassVar[Collection[str]] = tuple(DTYPES)
@@ -25,7 +25,7 @@ class Safetensors(Format):
     def write(
         self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
     ) -> None:
-        """Write every parameter and buffer under its name; the metadata say the shape of a sample.
+        """Write every parameter and buffer under its name, and the shape of a sample as metadata.
 
         Tensors that share memory are written once per name.
         """

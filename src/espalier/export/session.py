@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, opened in one way by everything that runs a file; needs no torch.
+"""ONNX Runtime on the CPU, opened with the same options by everything that runs a file; needs no torch.
 
 x86 processors without VNNI multiply uint8 with int8 two at a time and add the products in 16 bits, where they saturate:
 outputs of 8-bit networks were wrong by up to 28 % of the largest there, without a word (onnxruntime.ai, "Quantize ONNX
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Return options that print errors alone and keep 8 bits exact; `threads` None leaves it to the runtime."""
+    """Return options that print errors alone and keep 8 bits exact; `threads` None lets the runtime choose."""
     chosen = onnxruntime.SessionOptions()
     chosen.log_severity_level = 3  # errors
     chosen.add_session_config_entry(*PRECISION)
@@ -27,7 +27,9 @@ def options(threads: int | None = None) -> onnxruntime.SessionOptions:
 
 
 def opened(path: Path, chosen: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """Open a file; one of an earlier version, whose 8-bit constants are shared, as the runtime would by itself.
+    """Open a file in ONNX Runtime.
+
+    `PRECISION` is dropped, with a warning, for a file of an earlier version in which operators share 8-bit constants.
 
     Raises:
         Exception: of the runtime's own classes, which share no base: it cannot open the file.

@@ -32,7 +32,7 @@ class TorchExport(Format):
     def write(
         self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
     ) -> None:
-        """Write the program for batches of any size; quantized values stay integers in the file, sums are in float."""
+        """Write the program for batches of any size; quantized values stay integers in the file, sums are float."""
         with converting("torch_export"), draft(path) as target:
             torch.export.save(program(model, input_shape), target)
 
@@ -80,7 +80,7 @@ def program(
 
 
 def reloaded(exported: ExportedProgram) -> ExportedProgram:
-    """Return the same program as a file gives it back: for batches from 1, not from 2 as capturing had left it."""
+    """Return the program after a round trip through a file, which makes it accept a batch of 1 as well."""
     file = io.BytesIO()
     torch.export.save(exported, file)
     file.seek(0)
@@ -89,7 +89,7 @@ def reloaded(exported: ExportedProgram) -> ExportedProgram:
 
 @contextmanager
 def torch_threads(num: Count) -> Iterator[None]:
-    """Let torch use this many threads; afterwards as many as before."""
+    """Let torch use this many threads inside the block."""
     before = torch.get_num_threads()
     if num != before:
         torch.set_num_threads(num)

@@ -20,7 +20,7 @@ from espalier.targets.classes import Classes
 
 
 class Classifier(Learner):
-    """One class per sample. Soft targets (B, K), as mixup and cutmix make them, train like hard ones.
+    """A learner of one class per sample; soft targets (B, K), as mixup and cutmix make them, are allowed.
 
     `class_weights` scale each class's loss: `balanced` means num_samples / (num_classes * class_count), which
     gives every class the same total weight (King and Zeng 2001). The loss of a batch is divided by the weights of its

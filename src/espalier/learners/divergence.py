@@ -50,10 +50,10 @@ class Guard:
         self._pending: Looked | None = None
 
     def look(self, loss: Tensor, norm: Tensor, rate: float) -> None:
-        """At the step that is about to be taken; `rate` is its learning rate.
+        """Check the step that is about to be taken; `rate` is its learning rate.
 
         Raises:
-            DivergedError: loss or gradient is not finite, here or, where it lags, in the step before.
+            DivergedError: loss or gradient is not finite, in this step or, on an accelerator, in the one before.
         """
         self.step += 1
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -110,7 +110,7 @@ class Guard:
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:
-    """L2 norm of all gradients together, scalar, float32 or wider; a DTensor where they are sharded."""
+    """Return the L2 norm of all gradients together, scalar, float32 or wider; a DTensor if they are sharded."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if isinstance(gradients[0], DTensor):
         return get_total_norm(gradients)

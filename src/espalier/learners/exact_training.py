@@ -1,4 +1,4 @@
-"""What makes Lightning's loop exact: it stops where a run can go on, saves all that it owes, takes no broken step."""
+"""Make Lightning's loop exact: it stops where a run can resume, saves all that it owes, takes no broken step."""
 
 import math
 from dataclasses import asdict

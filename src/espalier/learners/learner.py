@@ -85,10 +85,10 @@ class Learner(ExactTraining):
 
     @abstractmethod
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Return the mean over the batch, scalar."""
+        """Return the loss, mean over the batch, scalar."""
 
     def sums(self, output: Tensor, y: Tensor, loss: Tensor) -> Tensor:
-        """Return one number per name in `train_statistics`, summed over the batch, then the batch size; (S + 1,)."""
+        """Return a number per name in `train_statistics`, summed over the batch, then the batch size; (S + 1,)."""
         return self.kind.sums(output, y, loss)
 
     def usual_metrics(self, split: Split) -> dict[str, Metric | MetricCollection]:

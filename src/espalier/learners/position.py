@@ -1,8 +1,8 @@
-"""Where a training stood when a checkpoint was written, and loops that go on from exactly there.
+"""Record where a training stood when a checkpoint was written, and resume from exactly there.
 
-Lightning guesses from counters what was going on. It leaves out a validation that was due, begins an epoch that had
-ended once more where `max_steps` is set, and never ends an epoch whose last step `max_steps` had reached. Here a
-checkpoint says what is done, so that what is not done is done, once.
+Lightning guesses this from counters. It leaves out a validation that was due, begins a finished epoch again if
+`max_steps` is set, and never ends an epoch whose last step `max_steps` had reached. Here a checkpoint says what is
+done, so that everything else is done, once.
 """
 
 import math
@@ -19,11 +19,11 @@ from espalier.errors import ConfigError
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """Lightning's, but a validation that a checkpoint owes takes place before anything else."""
+    """Lightning's training loop over an epoch, which first does the validation that a checkpoint owes."""
 
     @property
     def owes_validation(self) -> bool:
-        """Whether a validation was due, or had begun, in the checkpoint that this restarts from."""
+        """Return whether a validation was due, or had begun, in the checkpoint that this restarts from."""
         counts = self.val_loop.batch_progress.total
         return self.val_loop.restarted_mid_evaluation or counts.ready > counts.completed
 
@@ -36,7 +36,7 @@ class EpochLoop(_TrainingEpochLoop):
 
 
 class FitLoop(_FitLoop):
-    """Lightning's, but what goes on from the end of an epoch begins the next one, and a begun epoch is ended."""
+    """Lightning's loop over epochs, which begins the next epoch after a finished one, and ends each epoch once."""
 
     def __init__(self, trainer: L.Trainer) -> None:
         before = trainer.fit_loop
@@ -69,14 +69,14 @@ class FitLoop(_FitLoop):
 
 
 def ends_here(trainer: L.Trainer) -> bool:
-    """Whether no further batch is trained on after the present one: its epoch ends, or the training."""
+    """Return whether the present batch is the last of its epoch or of the training."""
     loop = trainer.fit_loop
     is_at_limit = 0 <= loop.max_steps <= trainer.global_step
     return trainer.is_last_batch or is_at_limit or (trainer.should_stop and loop._can_stop_early)
 
 
 def is_between_steps(trainer: L.Trainer) -> bool:
-    """Whether the optimizer step of the present batch is done; else gradients wait that no checkpoint holds."""
+    """Return whether the present batch's optimizer step is done; else its gradients are in no checkpoint."""
     return trainer.is_last_batch or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
@@ -140,12 +140,12 @@ def _validates(trainer: L.Trainer, num_steps: int) -> bool:
 
 
 def _is_clocked(trainer: Any) -> bool:
-    """Whether validations come by the clock; nobody can say which batch has the next one."""
+    """Return whether validations come by the clock, so that nobody knows which batch has the next one."""
     return trainer._val_check_time_interval is not None
 
 
 def epochs_begun(checkpoint: Mapping[str, Any]) -> int:
-    """How many epochs the training that wrote this had begun; a whole one counts as well."""
+    """Return how many epochs the training had begun when it wrote this; a finished one counts as well."""
     counts = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     return max(int(counts["ready"]), int(counts["processed"]))
 

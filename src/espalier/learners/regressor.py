@@ -18,7 +18,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "mae
 
 
 class Regressor(Learner):
-    """The model predicts (y - target_mean) / target_std, which the loss compares; metrics are in the unit of y."""
+    """A learner of (y - target_mean) / target_std, which the loss compares; metrics are in the unit of y."""
 
     takes = Numbers
 

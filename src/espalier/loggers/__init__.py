@@ -1,1 +1,1 @@
-"""Where the numbers of a training go: metrics.csv, W&B, MLflow, TensorBoard."""
+"""Loggers of the numbers of a training: metrics.csv, W&B, MLflow, TensorBoard."""

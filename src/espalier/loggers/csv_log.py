@@ -22,8 +22,8 @@ Row = dict[str, str]
 class CsvLog(Logger):
     """Appends to `<folder>/metrics.csv`; metrics of the same step share a row.
 
-    Rows of an earlier process stay, up to the step that this run resumed at, or without one that at which it first
-    logs: what lies beyond was trained after that checkpoint, and will be logged again.
+    Rows of an earlier process stay up to the step that this run resumes at, or else up to the first step that it logs.
+    Later rows were trained after that checkpoint, and will be logged again.
     """
 
     def __init__(self, folder: Path, run_name: str, resumed_step: int | None = None) -> None:
@@ -59,13 +59,13 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run folder holds `config.yaml`."""
+        """Do nothing: the run folder holds `config.yaml`."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring the file up to date: append rows, or write it anew where something in it changed.
+        """Bring the file up to date: append rows, or rewrite it if an earlier row or the header has changed.
 
-        A kill at any moment leaves each row that was there: it belongs to a checkpoint.
+        A kill at any moment keeps each row that was there: it belongs to a checkpoint.
         """
         if not self.is_open:
             return
@@ -80,7 +80,7 @@ class CsvLog(Logger):
         self.num_saved = len(self.rows)
 
     def _open(self, step: int) -> None:
-        """Take over the rows that an earlier process left, up to `step`."""
+        """Read the rows of an earlier process up to `step`."""
         self.is_open = True
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.file.exists():
@@ -116,5 +116,5 @@ class CsvLog(Logger):
 
 
 def _text(value: Any) -> str:
-    """Enough digits to read the same number back."""
+    """Write a number with enough digits to read the same number back."""
     return repr(value) if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""A logger that is down never stops a training: it is switched off with one line, and the run goes on."""
+"""A wrapper that keeps a broken logger from stopping a training: it is switched off with one line."""
 
 import logging
 from collections.abc import Callable
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class Guarded(Logger):
-    """Stands for any Lightning logger; the first call that raises is also the last one that reaches it.
+    """Passes every call on to a Lightning logger, until one call raises.
 
-    What the user can mend (`ConfigError`: a missing extra; a full disk) and what the user wants (`KeyboardInterrupt`)
-    still end the run.
+    Errors that the user can mend (`ConfigError`: a missing extra; a full disk) and a `KeyboardInterrupt` still end the
+    run.
     """
 
     def __init__(self, factory: Callable[[], Logger]) -> None:
@@ -31,7 +31,7 @@ class Guarded(Logger):
             self.label = type(self.inner).__name__
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
-        """Return the action's result; None once this logger is off."""
+        """Return the action's result, or None if it fails or this logger is off."""
         if not self.is_on:
             return None
         try:
@@ -47,7 +47,7 @@ class Guarded(Logger):
             return None
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Return a method of the inner logger, guarded; None where the inner logger has no such method."""
+        """Call a method of the inner logger, guarded; return None if it has no such method."""
         return self._attempt(lambda: getattr(self.inner, method, _nothing)(*args, **kwargs))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -66,7 +66,7 @@ class Guarded(Logger):
         self.call("save")
 
     def finalize(self, status: str) -> None:
-        """Where the run has failed, a full disk has been said already."""
+        """End the inner logger; after a failed run ignore a full disk, which was reported already."""
         try:
             self.call("finalize", status)
         except OSError:
@@ -74,12 +74,12 @@ class Guarded(Logger):
                 raise
 
     def close(self) -> None:
-        """End of the run: nothing more will be logged. Lightning's `finalize` comes after each fit and each test."""
+        """End the logging of the run; Lightning's `finalize` comes after each fit and each test."""
         self.call("close")
 
     @property
     def experiment(self) -> Any:
-        """The inner logger's experiment; one that swallows everything once this logger is off."""
+        """Return the inner logger's experiment, or one that ignores every call once this logger is off."""
         experiment = self._attempt(lambda: getattr(self.inner, "experiment", None))
         return _DummyExperiment() if experiment is None else experiment
 
@@ -105,7 +105,7 @@ class Guarded(Logger):
 
 
 def guarded(factory: Callable[[], Logger]) -> Guarded:
-    """Return the logger that `factory` builds, unable to stop a run. `factory` may fail, too."""
+    """Return the logger that `factory` builds, unable to stop a run, even if `factory` fails."""
     return Guarded(factory)
 
 

@@ -1,4 +1,7 @@
-"""MLflow, by default into a database of the run folder: `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db`."""
+"""The MLflow logger, which writes to a database in the run folder unless a server is named.
+
+`mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows it.
+"""
 
 import logging
 import os
@@ -13,7 +16,7 @@ CHATTER = ("alembic", "mlflow.store.db.utils", "lightning.pytorch.loggers.mlflow
 
 
 class MlflowLog(MLFlowLogger):
-    """Lightning's logger, bound to a run folder; a resumed run is the same MLflow run.
+    """Logs to MLflow from one run folder; a resumed run is the same MLflow run.
 
     `MLFLOW_TRACKING_URI` names a server in place of the database, which takes about four seconds to create; MLflow 3
     refuses the faster plain files. Its reports about how it is used are switched off.

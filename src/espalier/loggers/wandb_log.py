@@ -19,7 +19,7 @@ FIGURES = "figures/*.png"  # in the run folder
 
 
 class WandbLog(WandbLogger):
-    """Lightning's logger, bound to a run folder.
+    """Logs to Weights & Biases from one run folder.
 
     Goes online if `WANDB_API_KEY` is set; `WANDB_MODE` (online, offline, disabled) has the last word. An offline run
     can be sent later: `wandb sync RUN/wandb/offline-run-*`. `log_model` stores the best checkpoint as an artifact.
@@ -47,7 +47,7 @@ class WandbLog(WandbLogger):
 
     @rank_zero_only
     def log_report(self, report: Report) -> None:
-        """Rows as a table, the figures, and as the summary metrics and costs of the last row and all ratios."""
+        """Log the rows as a table, the figures as images, the last row and all ratios as the summary."""
         import wandb
 
         rows = [_flat(row) for row in report.rows]
@@ -68,7 +68,7 @@ class WandbLog(WandbLogger):
 
 
 def log_report(logger: Logger, report: Report) -> None:
-    """Hand the report to a logger that can keep one (W&B); nothing for the others, and nothing that stops a run."""
+    """Give the report to a logger that can keep one (W&B); others are skipped, and no error stops the run."""
     if isinstance(logger, Guarded):
         logger.call("log_report", report)
     elif isinstance(logger, WandbLog):
@@ -76,7 +76,9 @@ def log_report(logger: Logger, report: Report) -> None:
 
 
 def mode() -> str:
-    """`WANDB_MODE`, else online where there is a key; explicit, as wandb itself reads the variable only once.
+    """Return `WANDB_MODE`; if it is not set, `online` where there is a key for wandb.
+
+    The mode is passed explicitly because wandb itself reads the variable only once.
 
     Raises:
         ConfigError: wandb has no such mode.
@@ -88,13 +90,13 @@ def mode() -> str:
 
 
 def run_id(folder: Path) -> str:
-    """Return the same for every process that works in this folder, so that a resumed run is the same W&B run."""
+    """Return an id that depends on the folder alone, so that a resumed run is the same W&B run."""
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
     return f"{re.sub(r'[^0-9A-Za-z_-]', '-', folder.name)}-{digest[:8]}"
 
 
 def _settings() -> Any:
-    """Quiet; no copy of code, git state or command line, which `provenance.json` holds without secrets."""
+    """Return settings that print nothing and store no code, git state or command line; `provenance.json` has those."""
     import wandb
 
     return wandb.Settings(
@@ -110,7 +112,7 @@ def _settings() -> Any:
 
 
 def _finish_other_run(own_id: str) -> None:
-    """Lightning would go on writing into the W&B run that an earlier trial of this process left open."""
+    """Finish a W&B run that an earlier trial of this process left open; Lightning would write into it."""
     import wandb
 
     if wandb.run is not None and wandb.run.id != own_id:
@@ -118,7 +120,7 @@ def _finish_other_run(own_id: str) -> None:
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"latency_ms": {"1": {"p50": 2}}}` becomes `{"latency_ms/1/p50": 2}`; metrics keep their own names."""
+    """Turn `{"latency_ms": {"1": {"p50": 2}}}` into `{"latency_ms/1/p50": 2}`; metrics keep their own names."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The parts that networks are made of, small enough to recombine.
+"""Building blocks of the networks, small enough to recombine.
 
 Every activation is a module of its own and every residual sum a plain `+`, so that quantizers, pruners and exporters
 see them. Letters: B batch, C channels, H height, W width, N tokens, D features, A attention heads.
@@ -38,7 +38,7 @@ def make_activation(name: Activation) -> nn.Module:
 
 
 def make_norm(name: Norm, channels: int) -> nn.Module:
-    """Normalisation of feature maps (B, C, H, W) with a learnt scale and shift per channel.
+    """Return a normalisation of feature maps (B, C, H, W) with a learnt scale and shift per channel.
 
     Statistics are taken over (B, H, W) for batch (arXiv 1502.03167), over (H, W) and a group of channels for group
     (arXiv 1803.08494), over (C, H, W) for layer (arXiv 1607.06450), over (H, W) for instance (arXiv 1607.08022).
@@ -55,7 +55,7 @@ def make_norm(name: Norm, channels: int) -> nn.Module:
 
 
 def make_feature_norm(name: FeatureNorm, features: int) -> nn.Module:
-    """Normalisation of vectors: batch takes (B, D), layer and rms (arXiv 1910.07467) take (..., D)."""
+    """Return a normalisation of vectors: batch takes (B, D), layer and rms (arXiv 1910.07467) take (..., D)."""
     if name == "batch":
         return nn.BatchNorm1d(features)
     if name == "layer":
@@ -66,12 +66,12 @@ def make_feature_norm(name: FeatureNorm, features: int) -> nn.Module:
 
 
 def make_dropout(rate: float) -> nn.Module:
-    """Dropout, or nothing at all where `rate` is 0."""
+    """Return dropout, or the identity if `rate` is 0."""
     return nn.Dropout(rate) if rate else nn.Identity()
 
 
 def sequence(**steps: nn.Module) -> nn.Sequential:
-    """Return the steps in order, without identities: a name never moves when a knob switches off the step before it."""
+    """Return the steps in order without identities; names stay the same when a setting removes a step."""
     chain = nn.Sequential()
     for name, step in steps.items():
         if not isinstance(step, nn.Identity):
@@ -80,7 +80,7 @@ def sequence(**steps: nn.Module) -> nn.Sequential:
 
 
 class ConvNorm(nn.Sequential):
-    """A square convolution that keeps the size at stride 1, then its norm; a bias only where there is no norm."""
+    """A square convolution that keeps the size at stride 1, then a norm; it has a bias only if there is no norm."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, norm: Norm) -> None:
         bias = norm == "none"
@@ -102,14 +102,14 @@ class ConvNormAct(ConvNorm):
 
 
 def conv_stem(stem: Stem, in_channels: int, width: int, norm: Norm, activation: Activation) -> nn.Sequential:
-    """Return the first convolution: 3x3 for small images; 7x7 and max pooling, a quarter of it, for large ones."""
+    """Return the first layers: a 3x3 convolution for small images; 7x7 and max pooling, to a quarter, for others."""
     if stem == "cifar":
         return sequence(conv=ConvNormAct(in_channels, width, 3, 1, norm, activation))
     return sequence(conv=ConvNormAct(in_channels, width, 7, 2, norm, activation), pool=nn.MaxPool2d(3, 2, padding=1))
 
 
 class Residual(nn.Module):
-    """`act(branch(x) + shortcut(x))`; without a shortcut x itself, without an activation the bare sum."""
+    """Computes `act(branch(x) + shortcut(x))`; no shortcut means x itself, no activation the bare sum."""
 
     def __init__(
         self, branch: nn.Module, shortcut: nn.Module | None = None, activation: nn.Module | None = None
@@ -145,7 +145,7 @@ class Attention(nn.Module):
 
 
 def feed_forward(width: int, hidden: int, activation: Activation, dropout: float) -> nn.Sequential:
-    """Two dense layers over the last axis, dropout after each; (..., width) to (..., width)."""
+    """Return two dense layers over the last axis, dropout after each; (..., width) to (..., width)."""
     return sequence(
         linear1=nn.Linear(width, hidden),
         act=make_activation(activation),
@@ -158,7 +158,7 @@ def feed_forward(width: int, hidden: int, activation: Activation, dropout: float
 def dense_layers(
     in_features: int, hidden: Sequence[int], activation: Activation, norm: FeatureNorm, dropout: float
 ) -> nn.Sequential:
-    """One linear layer, norm, activation and dropout per entry of `hidden`; (B, in_features) to (B, hidden[-1])."""
+    """Return linear layer, norm, activation and dropout per entry of `hidden`; (B, in_features) to (B, hidden[-1])."""
     steps: dict[str, nn.Module] = {}
     for place, features in enumerate(hidden, start=1):
         steps[f"linear{place}"] = nn.Linear(in_features, features, bias=norm in ("none", "rms"))
@@ -188,10 +188,10 @@ def initialise(model: nn.Module, head: nn.Linear) -> None:
 
 
 def require_image(model: str, input_shape: Sequence[int], min_side: int, remedy: str) -> tuple[int, int, int]:
-    """(channels, height, width) of `input_shape`.
+    """Return (channels, height, width) of `input_shape`.
 
     Raises:
-        ValueError: it is no image, or a side is below `min_side`; the message ends with the `remedy`.
+        ValueError: it is not the shape of an image, or a side is below `min_side`; the message ends with the `remedy`.
     """
     shape = tuple(input_shape)
     if len(shape) != 3:

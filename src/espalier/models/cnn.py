@@ -49,13 +49,13 @@ class CNN(nn.Module):
         initialise(self, self.head)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Return logits (B, K)."""
         features = self.flatten(self.average(self.features(x_BCHW)))
         return self.head(self.layers(self.dropout(features)))
 
 
 def average_to_grid(height: int, width: int, grid: int) -> nn.Module:
-    """Average pooling of (B, C, height, width) to `grid` positions a side; a side that has no more keeps its size.
+    """Return average pooling of (B, C, height, width) to `grid` positions a side; a smaller side keeps its size.
 
     Windows overlap where `grid` does not divide a side, so that no pixel is lost. The windows are fixed numbers:
     exporters understand them, unlike those of adaptive pooling.

@@ -34,7 +34,7 @@ FOUR_BLOCKS = {121: [6, 12, 24, 16], 161: [6, 12, 36, 24], 169: [6, 12, 32, 32],
 
 
 class DenseNet(nn.Module):
-    """A published network, or any list of layers per dense block.
+    """A DenseNet: a published one, or one with any list of layers per dense block.
 
     `depth` counts layers with weights, or lists layers per block. Each layer adds `growth` channels; between blocks
     a transition keeps the share `kept` of the channels and halves the resolution. `dropout` follows each 3x3
@@ -79,7 +79,7 @@ class DenseNet(nn.Module):
         initialise(self, self.head)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Return logits (B, K)."""
         features_BCHW = self.act(self.norm(self.blocks(self.stem(x_BCHW))))
         return self.head(self.pool(features_BCHW))
 
@@ -106,10 +106,10 @@ class DenseLayer(nn.Module):
 
 
 def plan(depth: int | Sequence[int], stem: Stem) -> list[int]:
-    """Layers per dense block.
+    """Return the number of layers per dense block.
 
     Raises:
-        ValueError: no published network has this depth.
+        ValueError: no published network has this depth, or the list of layers is empty.
     """
     if not isinstance(depth, int):
         if not depth:
@@ -135,7 +135,7 @@ def dense_stem(stem: Stem, in_channels: int, channels: int, norm: Norm, activati
 
 
 def transition(channels: int, fewer: int, norm: Norm, activation: Activation) -> nn.Sequential:
-    """Fewer channels at half the resolution; (B, channels, H, W) to (B, fewer, H // 2, W // 2)."""
+    """Return layers with fewer channels at half the resolution; (B, channels, H, W) to (B, fewer, H // 2, W // 2)."""
     return sequence(
         norm=make_norm(norm, channels),
         act=make_activation(activation),

@@ -13,7 +13,7 @@ from espalier.models.blocks import Activation, FeatureNorm, dense_layers, initia
 
 
 class MLP(nn.Module):
-    """One dense layer per entry of `hidden`, then the head; no entries make it linear regression on the logits."""
+    """A perceptron: one dense layer per entry of `hidden`, then the head; without entries a linear model."""
 
     def __init__(
         self,
@@ -32,5 +32,5 @@ class MLP(nn.Module):
         initialise(self, self.head)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of samples (B, ...) of any shape."""
+        """Return logits (B, K) of samples (B, ...) of any shape."""
         return self.head(self.layers(self.flatten(x)))

@@ -44,7 +44,7 @@ FOUR_STAGES: dict[int, tuple[Block, list[int]]] = {  # table 1
 
 
 class ResNet(nn.Module):
-    """A published network, or any list of blocks per stage.
+    """A ResNet: a published one, or one with any list of blocks per stage.
 
     `depth` counts layers with weights, or lists blocks per stage. The first stage has `width` channels inside its
     blocks, each next one twice as many at half the resolution. A `block` or `width` of None is the published one.
@@ -89,14 +89,14 @@ class ResNet(nn.Module):
             damp_branches(self)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Return logits (B, K)."""
         return self.head(self.dropout(self.pool(self.stages(self.stem(x_BCHW)))))
 
 
 def plan(depth: int | Sequence[int], stem: Stem, block: Block | None) -> tuple[Block, list[int]]:
     """Return the kind of block and the number of blocks per stage.
 
-    50 and 152 are numbers of both families: the stem decides, or `block`.
+    Depths 50 and 152 exist in both families: the stem decides, or `block`.
 
     Raises:
         ValueError: no published network has this depth.
@@ -124,7 +124,7 @@ def plan(depth: int | Sequence[int], stem: Stem, block: Block | None) -> tuple[B
 def residual_block(
     block: Block, in_channels: int, channels: int, stride: int, norm: Norm, activation: Activation
 ) -> Residual:
-    """Two 3x3 convolutions (basic), or 1x1, 3x3, 1x1 of which the last gives four times `channels` (bottleneck)."""
+    """Return a block of two 3x3 convolutions (basic), or of 1x1, 3x3, 1x1 with `4 * channels` outputs (bottleneck)."""
     out_channels = channels * EXPANSION[block]
     if block == "basic":
         branch = sequence(

@@ -33,7 +33,7 @@ POSITION_STD = 0.7
 
 
 class ViT(nn.Module):
-    """`depth` pairs of attention and feed-forward layers, each normalised first, of `width` features per token.
+    """A transformer of `depth` blocks, attention then feed-forward, each normalised first, `width` features per token.
 
     Feed-forward layers have `expansion` times `width` features inside. `dropout` follows the position embedding and
     every dense layer but the one that makes queries, keys and values (appendix B.1).
@@ -78,7 +78,7 @@ class ViT(nn.Module):
         initialise(self)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Return logits (B, K)."""
         x_BND = self.patches(x_BCHW).flatten(2).transpose(1, 2)
         if self.pool == "token":
             x_BND = torch.cat((self.token_11D.expand(x_BND.shape[0], -1, -1), x_BND), dim=1)
@@ -87,7 +87,7 @@ class ViT(nn.Module):
 
 
 def attention_branch(width: int, heads: int, norm: TokenNorm, dropout: float) -> nn.Sequential:
-    """Return what attention adds to the tokens; (B, N, D) to (B, N, D)."""
+    """Return the attention branch, whose output is added to the tokens; (B, N, D) to (B, N, D)."""
     return sequence(
         norm=make_feature_norm(norm, width), attention=Attention(width, heads), dropout=make_dropout(dropout)
     )
@@ -96,14 +96,14 @@ def attention_branch(width: int, heads: int, norm: TokenNorm, dropout: float) ->
 def feed_forward_branch(
     width: int, expansion: int, activation: Activation, norm: TokenNorm, dropout: float
 ) -> nn.Sequential:
-    """Return what two dense layers add to each token; (B, N, D) to (B, N, D)."""
+    """Return the branch of two dense layers, whose output is added to each token; (B, N, D) to (B, N, D)."""
     return sequence(
         norm=make_feature_norm(norm, width), mlp=feed_forward(width, expansion * width, activation, dropout)
     )
 
 
 def initialise(model: ViT) -> None:
-    """Xavier-uniform dense layers and zero biases, as in the authors' code (google-research/vision_transformer).
+    """Draw dense weights Xavier-uniform and set biases to zero, as the authors do (google-research/vision_transformer).
 
     Queries, keys and values are three layers that share a tensor. Positions start large, the head small.
     """

@@ -1,1 +1,1 @@
-"""How weights move: parameter groups, schedules as functions of the step, the optimizers torch lacks."""
+"""Optimizers that torch lacks, parameter groups, and schedules as functions of the step."""

@@ -1,4 +1,4 @@
-"""From the partial that a configuration describes to the optimizer of a model and to its schedule."""
+"""Build the optimizer of a model and its schedule from the partial that a configuration describes."""
 
 import inspect
 import sys
@@ -15,7 +15,7 @@ from espalier.optim.groups import parameter_groups, trainable
 
 
 def build_optimizer(factory: partial[Optimizer], model: nn.Module) -> Optimizer:
-    """Return the optimizer over the trainable parameters of `model`, with weight decay only where it belongs.
+    """Return the optimizer over the trainable parameters of `model`, with weight decay on matrices and kernels alone.
 
     An optimizer class that treats parameters differently brings its own `parameter_groups` (see `muon.py`).
     `fused: true` falls back to the plain loop where torch has no fused kernel for a parameter.
@@ -42,7 +42,7 @@ def build_optimizer(factory: partial[Optimizer], model: nn.Module) -> Optimizer:
 
 
 def require_step(factory: partial[Optimizer], model: nn.Module) -> None:
-    """Try what would fail in the first step otherwise.
+    """Build the optimizer and try what would else fail in the first step.
 
     Raises:
         ValueError: the optimizer cannot be built, or does not take the sparse gradients of an embedding.
@@ -68,7 +68,7 @@ def require_step(factory: partial[Optimizer], model: nn.Module) -> None:
 def build_scheduler(
     factory: partial[Any], optimizer: Optimizer, total_steps: int, monitor: str, mode: Literal["min", "max"]
 ) -> dict[str, Any]:
-    """Lightning's `lr_scheduler` entry: a function of the step, or torch's reduction on a plateau of `monitor`.
+    """Return Lightning's `lr_scheduler` entry: a function of the step, or torch's `ReduceLROnPlateau` of `monitor`.
 
     Raises:
         ValueError: the schedule's settings contradict each other.
@@ -86,13 +86,13 @@ def build_scheduler(
 
 
 def _weight_decay(factory: partial[Optimizer]) -> float:
-    """Return what is configured, else the optimizer's own default, else 0."""
+    """Return the configured weight decay, else the optimizer's default, else 0."""
     setting = inspect.signature(factory).parameters.get("weight_decay")
     return 0.0 if setting is None or setting.default is setting.empty else setting.default
 
 
 def _has_fused_kernel(factory: partial[Optimizer], parameters: Iterable[Tensor]) -> bool:
-    """Whether one fused step works for every kind of parameter: device, type, sharding."""
+    """Return whether the fused kernel works for all parameters: their device, type and sharding."""
     smallest_last = sorted(parameters, key=Tensor.numel, reverse=True)
     for parameter in {(type(one), one.device, one.dtype): one for one in smallest_last}.values():
         probe = torch.zeros_like(parameter, requires_grad=True)

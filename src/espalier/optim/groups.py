@@ -1,4 +1,4 @@
-"""Which parameters shrink under weight decay: the matrices and kernels that multiply activations, and nothing else."""
+"""Choose the parameters under weight decay: matrices and kernels that multiply activations, and nothing else."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter once: the decayed group, then the rest with weight decay 0; no group is empty.
+    """Return every trainable parameter once: the decayed group, then the rest with weight decay 0; no group is empty.
 
     Without weight decay there is one group, because each group costs an optimizer kernel per step.
     """
@@ -19,7 +19,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def split(model: nn.Module) -> tuple[Named, Named]:
-    """(decayed, exempt) trainable parameters, in the order of registration.
+    """Return the (decayed, exempt) trainable parameters, in the order of registration.
 
     Decayed are parameters of two or more dimensions that their module calls a weight: `weight` of linear and
     convolution layers, `in_proj_weight` of attention. Exempt are biases, norms and everything else that is added to or
@@ -36,10 +36,10 @@ def split(model: nn.Module) -> tuple[Named, Named]:
 
 
 def trainable(model: nn.Module) -> Named:
-    """Named parameters that require a gradient; a tied parameter counts once, under its first name."""
+    """Return the named parameters that require a gradient; a tied parameter counts once, under its first name."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def as_groups(parts: list[tuple[Named, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Optimizer groups of the parts that hold parameters, each with its settings."""
+    """Return an optimizer group for each part that holds parameters, with the settings of the part."""
     return [{"params": [parameter for _, parameter in named], **settings} for named, settings in parts if named]

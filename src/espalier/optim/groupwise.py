@@ -1,4 +1,4 @@
-"""The part that optimizers share: the closure, the loop over groups, lazily created state."""
+"""The common part of the optimizers: the closure, the loop over groups, state that is created when first needed."""
 
 from abc import abstractmethod
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from espalier.optim.groupwise import Groupwise
 
 
 class Lamb(Groupwise):
-    """The trust ratio |w| / |update| scales matrices and kernels only.
+    """Adam whose step is scaled by |w| / |update| for each matrix and kernel.
 
     Biases and norms take the plain Adam step: the authors' BERT training leaves them out as well, and the length of
     a bias, zero at first, says nothing about its layer.
@@ -47,6 +47,6 @@ class Lamb(Groupwise):
 
 
 def trust_ratio(weight: Tensor, update: Tensor) -> Tensor:
-    """|weight| / |update| in the L2 norm, 1 where either is zero; scalar, on the device."""
+    """Return |weight| / |update| in the L2 norm, 1 where either is zero; scalar, on the device."""
     weight_norm, update_norm = weight.norm(), update.norm()
     return torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)

@@ -14,7 +14,10 @@ from espalier.optim.groupwise import Groupwise
 
 
 class Lion(Groupwise):
-    """Half the state of Adam; wants a learning rate 3 to 10 times smaller and a weight decay as much larger."""
+    """Moves each weight by the sign of a momentum; has half the state of Adam.
+
+    It wants a learning rate 3 to 10 times smaller than Adam, and a weight decay as many times larger.
+    """
 
     def __init__(self, params: ParamsT, lr: Positive, betas: tuple[Rate, Rate], weight_decay: NonNegative) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})

@@ -24,7 +24,10 @@ ADAMW_RMS = 0.2  # Liu et al.: root mean square of a typical AdamW update
 
 
 class Muon(Groupwise):
-    """Convolution kernels count as matrices (out, in * height * width). Needs groups that say `hidden`."""
+    """Makes the momentum of hidden matrices orthogonal; kernels count as matrices (out, in * height * width).
+
+    Each parameter group needs a flag `hidden`; `parameter_groups` makes such groups.
+    """
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class Muon(Groupwise):
 
     @staticmethod
     def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        """Hidden matrices; first and last matrix in order of registration; the rest, which does not decay.
+        """Return three groups: hidden matrices; first and last matrix in order of registration; the rest, undecayed.
 
         The first and the last layer meet data and classes, whose axes have a meaning: they are left to AdamW.
         """
@@ -98,9 +101,9 @@ class Muon(Groupwise):
 
 
 def orthogonal(matrix_NRC: Tensor, rounds: int) -> Tensor:
-    """U V^T of each matrix U S V^T, roughly: singular values end near 1, between 0.7 and 1.2 after 5 rounds.
+    """Return about U V^T of each matrix U S V^T: after 5 rounds the singular values lie between 0.7 and 1.2.
 
-    A Newton-Schulz iteration, so only matrix products; in bfloat16 on a GPU.
+    A Newton-Schulz iteration needs matrix products alone; it runs in bfloat16 on a GPU.
     """
     low = matrix_NRC.bfloat16() if matrix_NRC.is_cuda else matrix_NRC.float()
     x = low.mT if low.shape[1] > low.shape[2] else low

@@ -12,22 +12,22 @@ from espalier.config.ranges import Share
 
 
 def constant(step: int, total_steps: int) -> float:
-    """1 at every step."""
+    """Return 1 at every step."""
     return 1.0
 
 
 def step_decay(step: int, total_steps: int, *, milestones: list[Share], gamma: Share) -> float:
-    """`gamma` to the power of the number of milestones passed; a milestone is a share of the run."""
+    """Return `gamma` to the power of the number of milestones passed; a milestone is a share of the run."""
     return gamma ** sum(step >= round(milestone * total_steps) for milestone in milestones)
 
 
 def cosine(step: int, total_steps: int, *, final: Share) -> float:
-    """Half a cosine from 1 to `final` (Loshchilov and Hutter 2017, equation 5, arxiv.org/abs/1608.03983)."""
+    """Return half a cosine from 1 to `final` (Loshchilov and Hutter 2017, equation 5, arxiv.org/abs/1608.03983)."""
     return _anneal(1.0, final, _progress(step, total_steps))
 
 
 def warmup_cosine(step: int, total_steps: int, *, warmup: Share, final: Share) -> float:
-    """Linear warm-up, then half a cosine from 1 to `final`."""
+    """Rise linearly to 1 over `warmup`, then return half a cosine from 1 to `final`."""
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -35,9 +35,9 @@ def warmup_cosine(step: int, total_steps: int, *, warmup: Share, final: Share) -
 
 
 def one_cycle(step: int, total_steps: int, *, warmup: Share, start: Share, final: Share) -> float:
-    """Half a cosine from `start` up to 1, then one down to `final` (Smith and Topin 2018, arxiv.org/abs/1708.07120).
+    """Rise by half a cosine from `start` to 1, then fall by another to `final`.
 
-    Only the learning rate cycles; momentum stays as configured.
+    Smith and Topin 2018, arxiv.org/abs/1708.07120. Only the learning rate cycles; momentum stays as configured.
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
@@ -46,10 +46,10 @@ def one_cycle(step: int, total_steps: int, *, warmup: Share, start: Share, final
 
 
 def warmup_stable_decay(step: int, total_steps: int, *, warmup: Share, decay: Share, final: Share) -> float:
-    """Linear warm-up, constant 1, then down to `final` over the last `decay` of the run as 1 - sqrt(progress).
+    """Rise linearly to 1, stay there, then fall to `final` over the last `decay` of the run as 1 - sqrt(progress).
 
-    The plateau leaves the length of a run open until its decay begins (Hu et al. 2024, arxiv.org/abs/2404.06395); the
-    square root did better than a line (Haegele et al. 2024, arxiv.org/abs/2405.18392).
+    The constant part leaves the length of a run open until its decay begins (Hu et al. 2024, arxiv.org/abs/2404.06395);
+    the square root did better than a line (Haegele et al. 2024, arxiv.org/abs/2405.18392).
 
     Raises:
         ValueError: warm-up and decay together are longer than the run.
@@ -64,7 +64,7 @@ def warmup_stable_decay(step: int, total_steps: int, *, warmup: Share, decay: Sh
 
 
 def _progress(step: int, num_steps: int) -> float:
-    """Share of `num_steps` that is done, 0 before and 1 after; a stretch of no steps is done at once."""
+    """Return the share of `num_steps` that is done, from 0 to 1; with `num_steps` 0, 1 from step 0 on."""
     return min(max(step / num_steps, 0.0), 1.0) if num_steps else float(step >= 0)
 
 

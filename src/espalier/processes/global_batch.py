@@ -1,8 +1,8 @@
-"""The samples of an optimizer step, kept when a run goes on with another number of devices.
+"""Keep the samples of an optimizer step the same when a run resumes on another number of devices.
 
 A step takes devices x batch size x accumulated batches. The checkpoint says how they were split; on resume the batch
-size of a device follows, or the accumulation, so that each step, epoch and validation sees the samples that it would
-have seen. What cannot be split so is refused.
+size of a device is changed to fit, or the accumulation, so that each step, epoch and validation sees the samples that
+it would have seen. If no split fits, the run is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ PROGRESS = "epoch_loop.batch_progress"  # of Lightning's loops
 
 @dataclass(frozen=True)
 class Split:
-    """How the samples of a step are spread, and how many batches of that kind there are."""
+    """The devices, batch size and accumulation of a step, and the number of batches in an epoch."""
 
     num_devices: int
     batch_size: int  # of a device
@@ -28,7 +28,7 @@ class Split:
 
     @property
     def samples(self) -> int:
-        """Of a batch over all devices."""
+        """Return the number of samples of a batch over all devices."""
         return self.num_devices * self.batch_size
 
     @property
@@ -42,10 +42,10 @@ class Split:
 
 
 def of(content: Mapping[str, Any]) -> Split | None:
-    """Return how a checkpoint was trained; None for one that was written before this was recorded.
+    """Return how a checkpoint's steps were split, or None if it is too old to say.
 
     Raises:
-        ConfigError: it says what no training writes.
+        ConfigError: the entry holds values that no training writes.
     """
     if RECORD not in content:
         return None
@@ -60,12 +60,13 @@ def of(content: Mapping[str, Any]) -> Split | None:
 
 
 def follow(content: Mapping[str, Any], num_devices: int, accumulate: int, scales_validation: bool) -> Split | None:
-    """Return the split for so many devices that leaves the steps as they were; None where nothing changes.
+    """Return the split for so many devices that leaves the steps as they were, or None if nothing changes.
 
-    `accumulate` other than that of the checkpoint is a wish. `scales_validation`: only part of a split is validated on.
+    `accumulate` is a wish if it differs from that of the checkpoint. `scales_validation`: only part of a split is
+    validated on.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such split.
     """
     before = of(content)
     if before is None or (num_devices, accumulate) == (before.num_devices, before.accumulate):
@@ -93,7 +94,7 @@ def follow(content: Mapping[str, Any], num_devices: int, accumulate: int, scales
 
 
 def _shares(before: Split, num_devices: int, accumulate: int) -> Iterator[int]:
-    """Batch sizes of a device that make the same steps, the best first."""
+    """Yield batch sizes per device that keep the samples of a step the same, the best first."""
     if before.samples_of_step % num_devices:
         return
     share = before.samples_of_step // num_devices
@@ -105,10 +106,10 @@ def _shares(before: Split, num_devices: int, accumulate: int) -> Iterator[int]:
 
 
 def _position(content: Mapping[str, Any]) -> int:
-    """Batches of a device that are done in the epoch.
+    """Return the number of batches per device that are done in the epoch.
 
     Raises:
-        ConfigError: they end within a step.
+        ConfigError: the checkpoint does not say so, or it lies between two batches of the same step.
     """
     before = of(content)
     try:
@@ -124,7 +125,7 @@ def _position(content: Mapping[str, Any]) -> int:
 
 
 def translate(content: Mapping[str, Any], num_devices: int, batch_size: int) -> None:
-    """Count the batches of a checkpoint in those of another split, in place."""
+    """Convert the batch counters of a checkpoint to those of another split, in place."""
     before = of(content)
     if before is None or before.samples == num_devices * batch_size:
         return

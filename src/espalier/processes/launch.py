@@ -1,6 +1,6 @@
 """The ranks of a run on one machine: started together, watched, and ended together.
 
-Lightning would start the others from the first rank. Where that one hangs nobody ends it, where it dies nobody ends
+Lightning would start the others from the first rank. If the first rank hangs, nobody ends it; if it dies, nobody ends
 the others, and what is printed last is a closed connection, not its cause. Here a process that does nothing else starts
 them all; each rank leaves a note about why it failed, and one line names the first cause.
 """
@@ -48,7 +48,7 @@ HINTS: dict[int, str] = {signal.SIGKILL: " (out of memory?)", signal.SIGABRT: " 
 
 
 class RankError(EspalierError):
-    """What ended the ranks, where no other class stands for the exit code of the one that failed first."""
+    """The failure of a rank, where no other error class has its exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -56,15 +56,15 @@ class RankError(EspalierError):
 
 
 def is_rank() -> bool:
-    """Whether `launch` started this process."""
+    """Return whether `launch` started this process."""
     return NOTES in os.environ
 
 
 def end_with_parent() -> None:
-    """See to it that this rank does not outlive the process that started it, however that one ends (Linux).
+    """Make this rank end when the process that started it ends, however that happens (Linux).
 
     Raises:
-        EspalierError: it is gone already.
+        EspalierError: that process is gone already.
     """
     if sys.platform == "linux":
         import ctypes
@@ -75,7 +75,7 @@ def end_with_parent() -> None:
 
 
 def leave_note(error: Exception, *, with_traceback: bool) -> None:
-    """Write down why this rank fails, where the process that watches it looks."""
+    """Write down why this rank fails, for the process that watches it."""
     lines = str(error)
     if not isinstance(error, EspalierError):
         lines = ": ".join(filter(None, (type(error).__name__, next(iter(lines.splitlines()), ""))))
@@ -94,7 +94,7 @@ def _note(folder: Path, number: int) -> Path:
 
 
 class Kind(IntEnum):
-    """How a rank failed; of several, the lowest is the cause of the others."""
+    """The way in which a rank failed; of several failures, the lowest kind is the cause of the others."""
 
     KILLED = 0
     RAISED = 1
@@ -105,7 +105,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ended, in a line or more; `seconds` since the epoch."""
+    """The reason why a rank ended, in one line or more; `seconds` since the epoch."""
 
     kind: Kind
     seconds: float
@@ -116,7 +116,7 @@ class Failure:
 
 
 class Rank:
-    """One process of several, leader of a process group to which its data loader workers belong."""
+    """One of several processes; it leads a process group to which its data loader workers belong."""
 
     def __init__(self, number: int, command: Sequence[str], environment: dict[str, str], folder: Path) -> None:
         self.number = number
@@ -150,7 +150,7 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def failure(self, received: Sequence[int]) -> Failure | None:
-        """Why it failed, if it has; `received` signals have been handed on to it."""
+        """Return why the rank failed, or None; `received` are the signals that were passed on to it."""
         if self.note.exists():
             note = json.loads(self.note.read_text())
             kind = Kind.RAISED if note["is_expected"] else _kind(note["lines"])
@@ -178,9 +178,9 @@ def _kind(lines: str) -> Kind:
 
 
 def launch(words: Sequence[str], num_ranks: int) -> None:
-    """Run this program with these words in `num_ranks` processes; all of them have ended when this returns or raises.
+    """Run this program with these words in `num_ranks` processes, and wait until all have ended.
 
-    Signals are handed on. When one rank fails the others have ten seconds to end by themselves.
+    Signals are passed on. When one rank fails, the others have ten seconds to end by themselves.
 
     Raises:
         EspalierError: a rank failed; names the first cause, and has its exit code.
@@ -213,7 +213,7 @@ def launch(words: Sequence[str], num_ranks: int) -> None:
 
 
 def _program() -> list[str]:
-    """Return what was started to get here: a console command, a module, or a program that imports us."""
+    """Return how this process was started: by a console command, as a module, or from a program that imports us."""
     main = sys.modules["__main__"]
     if not Path(sys.argv[0]).is_file():
         return [sys.executable, "-m", "espalier.cli"]
@@ -223,7 +223,10 @@ def _program() -> list[str]:
 
 
 def _environment(num_ranks: int, notes: str) -> dict[str, str]:
-    """Where Lightning reads who is who; a RANK that is left over would be that of each of them."""
+    """Return the environment of the ranks, by which Lightning numbers them.
+
+    RANK is left out: a value from outside would be that of each of them.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -234,7 +237,7 @@ def _environment(num_ranks: int, notes: str) -> dict[str, str]:
 
 
 def _wait(ranks: Sequence[Rank]) -> None:
-    """Until all have ended, or some have not in time after the first failure."""
+    """Wait for all ranks; once one has failed, give the others a few seconds to end."""
     deadline = float("inf")
     while time.monotonic() < deadline and [rank for rank in ranks if not rank.has_ended()]:
         failures = [failure for rank in ranks if (failure := rank.failure(()))]
@@ -245,7 +248,7 @@ def _wait(ranks: Sequence[Rank]) -> None:
 
 
 def _first_cause(failures: Sequence[Failure], num_ranks: int) -> EspalierError:
-    """Return the failure that led to the others, once its traceback is printed."""
+    """Return the failure that led to the others; print its traceback."""
     first = min(failures, key=lambda failure: (failure.kind, failure.seconds))
     if all(failure.kind == Kind.RAISED for failure in failures) and len(failures) == num_ranks:
         first, lines = failures[0], failures[0].lines  # it is no matter of one rank

@@ -1,8 +1,8 @@
-"""Who has started this process: torchrun, SLURM's srun, `espalier` itself, somebody by hand, or nobody.
+"""Find out who started this process: torchrun, SLURM's srun, `espalier` itself, somebody by hand, or nobody.
 
 A launcher numbers its processes in the environment, where variables of another program, an image or a shell may be left
-over. What stands there is believed where it is whole, and refused in one line where a training would wait for
-processes that nobody has started, or leave out the part of the data that is theirs.
+over. Complete numbering is believed. It is refused in one line if the training would wait for processes that nobody
+started, or leave out their part of the data.
 """
 
 import os
@@ -19,12 +19,12 @@ SPECIAL_STEP = 1 << 31  # numbers of SLURM from here on are no steps of srun: th
 
 
 class LeftOverError(ConfigError):
-    """Nobody else may be there to say it: each process that finds this does."""
+    """Variables of a launcher that is not there; each process that finds them says so, as it may be the only one."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What the environment says: who has started how many processes, and which of them this one is."""
+    """The launcher that the environment names, how many processes it started, and the number of this one."""
 
     name: str
     rank: int
@@ -32,7 +32,7 @@ class Launcher:
     missing: tuple[str, ...] = ()  # variables without which the processes do not find each other
 
     def require(self, num_devices: int, num_nodes: int) -> None:
-        """Raise `ConfigError` unless it has started a process for each device of each node."""
+        """Raise `ConfigError` unless the launcher has started as many processes as there are devices on all nodes."""
         wanted = num_devices * num_nodes
         asked = f"trainer.devices={num_devices}" + (f", trainer.num_nodes={num_nodes}" if num_nodes > 1 else "")
         if self.missing:
@@ -62,7 +62,7 @@ class Launcher:
 
 
 def find() -> Launcher | None:
-    """Return who has started this process, None where nobody says so: then it may start others itself.
+    """Return the launcher that started this process, or None if there is none and this process may start others.
 
     RANK and WORLD_SIZE alone, as containers have them, start nothing and are left alone. In a batch script of SLURM
     without srun there is one process, whatever SLURM_NTASKS says.
@@ -79,7 +79,7 @@ def find() -> Launcher | None:
 
 
 def is_task_of_slurm() -> bool:
-    """Whether srun has started this process, and no person typed the command into a shell of SLURM's."""
+    """Return whether srun started this process, rather than a person in an interactive shell of SLURM."""
     if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
         return False
     step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
@@ -88,7 +88,7 @@ def is_task_of_slurm() -> bool:
 
 
 def rank() -> int:
-    """Return the number of this process, 0 for the one that writes and speaks."""
+    """Return the number of this process; 0 is the one that writes files and prints."""
     try:
         launcher = find()
     except ConfigError:  # said by the first that looks
@@ -98,7 +98,7 @@ def rank() -> int:
 
 @contextmanager
 def taken_back() -> Iterator[None]:
-    """Within, Lightning numbers this process; afterwards nobody has, so that a next trial starts as the first did."""
+    """Restore at the end of the block the variables by which Lightning numbers a process, for the next trial."""
     before = {name: os.environ.get(name) for name in WRITTEN}
     try:
         yield
@@ -110,7 +110,7 @@ def taken_back() -> Iterator[None]:
 
 
 def require_nodes(num_nodes: int) -> None:
-    """Raise `ConfigError` if the processes of other machines are nobody's business."""
+    """Raise `ConfigError` if several machines are asked for but no launcher has started processes there."""
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if num_nodes > 1 and missing:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Memory or disk that does not suffice: one line that says what to do about it."""
+"""Turn a lack of memory or disk space into one line that says what to do about it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class
 
 @contextmanager
 def explained(folder: Path, data: Any) -> Iterator[None]:
-    """Within, what torch or the disk says of a shortage becomes an `EspalierError` that names a remedy.
+    """Turn a lack of memory or disk space inside the block into an `EspalierError` that names a remedy.
 
-    `data`: the configuration, which is read only then.
+    `data` is the configuration of the data; it is read only then.
     """
     try:
         yield
@@ -37,5 +37,5 @@ def explained(folder: Path, data: Any) -> Iterator[None]:
 
 
 def is_of_memory(error: RuntimeError) -> bool:
-    """Whether tensors of this size cannot be made, on any machine or on this one."""
+    """Return whether the error says that a tensor is too large for this machine or for any."""
     return any(reason in str(error) for reason in TOO_LARGE)

@@ -1,4 +1,7 @@
-"""Signals that ask a process to end while it trains nothing; `processes/stop_signal.py` has them during a training."""
+"""Handling of signals that end a process while it trains nothing.
+
+`processes/stop_signal.py` handles them during a training.
+"""
 
 import os
 import signal
@@ -20,7 +23,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class Signalled(BaseException):
-    """A signal has come. No `Exception`: libraries that catch those would swallow it."""
+    """A signal that has arrived; no `Exception`, because libraries that catch those would swallow it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -29,14 +32,14 @@ class Signalled(BaseException):
 
 
 class InterruptedByUserError(EspalierError):
-    """Ctrl-C in a task that keeps nothing; 128 + SIGINT, as a shell reports it."""
+    """Ctrl-C in a task that has nothing to save; the exit code is 128 + SIGINT, as a shell reports it."""
 
     exit_code = 130
 
 
 @contextmanager
 def heeded(task: str) -> Iterator[None]:
-    """Within, a signal ends the task at once and in one line.
+    """End the task at once and with one line when a signal arrives inside the block.
 
     Raises:
         StoppedError: SIGTERM, SIGUSR1, SIGHUP or SIGINT has come to a task that trains.
@@ -92,7 +95,7 @@ def _end_at_once(task: str, number: int) -> None:
 
 
 def stopped(name: str, has_trained: bool) -> str:
-    """Return the line that a user sees."""
+    """Return the line that tells the user by which signal the task was stopped."""
     if has_trained:
         return f"stopped by {name} outside of training; what was saved before is whole"
     return f"stopped by {name} before training began; nothing was lost"
@@ -100,7 +103,10 @@ def stopped(name: str, has_trained: bool) -> str:
 
 @contextmanager
 def handled(numbers: Sequence[int], handler: Handler) -> Iterator[None]:
-    """Within, `handler` gets these signals; after it those that had them before. In other threads nothing changes."""
+    """Send these signals to `handler` inside the block, and to the old handlers after it.
+
+    Outside the main thread nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -115,7 +121,7 @@ def handled(numbers: Sequence[int], handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Within, signals wait; a process that is started here has them wait until it uses `handled`."""
+    """Delay signals until the block ends; a process started inside delays them until it uses `handled`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop, kept until it has come to a step where it can be left and resumed exactly."""
+"""Handling of signals that stop a training: kept until a step is done at which it can be left and resumed exactly."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ HANGUP = getattr(signal, "SIGHUP", None)
 
 
 def heard() -> tuple[int, ...]:
-    """Return the signals to listen to: all but a SIGHUP that `nohup` has this process ignore."""
+    """Return the signals to listen to: all, but no SIGHUP if `nohup` has this process ignore it."""
     return tuple(number for number in SIGNALS if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def leave_terminal(number: int) -> None:
-    """After a SIGHUP send output nowhere that went to a closed terminal, where each write would fail."""
+    """Discard output after a SIGHUP if the terminal is closed; each write to it would fail."""
     if number != HANGUP:
         return
     for descriptor in (1, 2):
@@ -34,7 +34,7 @@ def leave_terminal(number: int) -> None:
 
 
 class Interrupt:
-    """The signal that came last, 0 before one has come. A second SIGINT ends the process at once."""
+    """Remembers the last signal, 0 before the first; a second SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -45,7 +45,7 @@ class Interrupt:
         return signal.Signals(self.number).name if self.number else "a signal to another process"
 
     def listen(self) -> None:
-        """Take the signals over from Lightning, which gives every one back when the training has ended."""
+        """Take over the signals from Lightning, which restores them when the training has ended."""
         self.number, self.was_pressed = 0, False
         if threading.current_thread() is threading.main_thread():  # others may not
             for number in heard():

@@ -1,4 +1,4 @@
-"""What libraries would report about their use to their makers, switched off before any of them is imported.
+"""Switch off the usage reports of libraries before any of them is imported.
 
 ONNX Runtime from 1.29 on writes a device id and a queue of events below HOME and sends them (github.com/microsoft/
 onnxruntime, issue 27379), as soon as it is imported. A value that a user has set stays as it is.
@@ -16,6 +16,6 @@ OFF = {
 
 
 def switch_off() -> None:
-    """Set the switches in the environment, where processes that are started later find them too."""
+    """Set the environment variables that switch reports off, for this process and all that it starts."""
     for name, value in OFF.items():
         os.environ.setdefault(name, value)

@@ -1,1 +1,1 @@
-"""What a network costs: parameters, operations, latency, memory."""
+"""Measurements of what a network costs: parameters, operations, latency, memory."""

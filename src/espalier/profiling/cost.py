@@ -1,4 +1,4 @@
-"""What a network costs, counted instead of estimated: parameters, non-zeros, multiply-accumulates, bytes.
+"""Count what a network costs: parameters, non-zeros, multiply-accumulates, bytes.
 
 Wall-clock time is not here: it needs repetition and a spread.
 """
@@ -16,19 +16,19 @@ FLOPS_PER_MAC = 2  # one multiplication, one addition
 
 
 def count_params(model: nn.Module) -> int:
-    """Numbers in all parameters; a shared parameter counts once, a buffer not at all."""
+    """Return the number of values in all parameters; a shared parameter counts once, a buffer not at all."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_nonzero(model: nn.Module) -> int:
-    """Numbers in all parameters that are not exactly zero."""
+    """Return the number of values in all parameters that are not exactly zero."""
     return sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one forward pass of one sample of `input_shape`, in evaluation mode.
+    """Return the multiply-accumulates of one forward pass of one sample of `input_shape`, in evaluation mode.
 
-    Counts matrix products, convolutions and attention, as the literature does: not biases, norms or activations.
+    Matrix products, convolutions and attention count, as in the literature; biases, norms and activations do not.
     The model keeps its training flags, its buffers and its device; no random number is drawn.
     """
     with counting(model) as counter:
@@ -37,7 +37,7 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 
 
 def counts(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """Parameters, non-zeros and multiply-accumulates, by the names they have in a report."""
+    """Return parameters, non-zeros and multiply-accumulates, by the names they have in a report."""
     return {
         "params": count_params(model),
         "nonzero": count_nonzero(model),
@@ -47,7 +47,7 @@ def counts(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
-    """Count within: evaluation mode, no gradients, every operation visible to a FLOP counter; all restored afterwards.
+    """Set evaluation mode without gradients, and count every operation inside the block; restore all afterwards.
 
     Compiled code is opaque to the counter. Fused kernels for attention and recurrent layers have no FLOP formula in
     torch 2.13 and would count as zero, so their unfused forms run here.
@@ -68,10 +68,10 @@ def counting(model: nn.Module) -> Iterator[FlopCounterMode]:
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes on disk of a file, or of all files below a folder; links count as what they point to.
+    """Return the bytes on disk of a file, or of all files below a folder; a link counts as the file that it points to.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the path does not exist.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, so it has no size")
@@ -80,7 +80,7 @@ def size_bytes(path: Path) -> int:
 
 
 def _restore_training(was_training: list[tuple[nn.Module, bool]]) -> None:
-    """One flag per module: a frozen batch norm inside a training model stays frozen."""
+    """Restore the training flag of each module, so that a frozen batch norm inside a training model stays frozen."""
     for module, training in was_training:
         module.training = training
 

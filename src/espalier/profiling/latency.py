@@ -1,7 +1,7 @@
-"""How long calls take beside each other, on a machine that does other things as well.
+"""Compare how long calls take, on a machine that does other things as well.
 
 Another process steals milliseconds from a few calls: the median of single calls does not see it, a mean would.
-Clock speed and neighbours drift over seconds: candidates take turns, so what slows one round slows all of them, and
+Clock speed and neighbours drift over seconds: candidates take turns, so that a slow round slows all of them, and
 their ratio within a round stays.
 """
 
@@ -23,7 +23,7 @@ MS = 1e3
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a call, and how many times that of the first candidate it takes."""
+    """Milliseconds per call, and the ratio to those of the first candidate."""
 
     p50: float
     p95: float
@@ -33,12 +33,12 @@ class Latency:
     num_calls: int  # that were timed
 
     def to_dict(self) -> dict[str, float]:
-        """Return what a report holds of it."""
+        """Return the values as a report holds them."""
         return {"p50": self.p50, "p95": self.p95, "p99": self.p99}
 
 
 def compare(calls: Mapping[str, Callable[[], Any]], rounds: Count) -> dict[str, Latency]:
-    """Percentiles over all calls of each candidate; the ratio is the median over rounds of the ratio of medians.
+    """Return percentiles over all calls of each candidate, and the median over rounds of the ratio of median latencies.
 
     A call has to be finished when it returns.
     """
@@ -52,7 +52,7 @@ def compare(calls: Mapping[str, Callable[[], Any]], rounds: Count) -> dict[str, 
 
 
 def summary(turns_ms: Sequence[NDArray[np.float64]], first_ms: Sequence[NDArray[np.float64]]) -> Latency:
-    """Return what the calls of one candidate say, an array per round, beside those of the first candidate."""
+    """Summarise the calls of one candidate, an array per round, against those of the first candidate."""
     calls_ms = np.concatenate(turns_ms)
     p50, p95, p99 = (float(value) for value in np.percentile(calls_ms, [50, 95, 99]))
     ratios = [np.median(turn) / np.median(first) for turn, first in zip(turns_ms, first_ms, strict=True)]
@@ -61,7 +61,7 @@ def summary(turns_ms: Sequence[NDArray[np.float64]], first_ms: Sequence[NDArray[
 
 
 def _warm_up(call: Callable[[], Any]) -> int:
-    """Return calls that make up a turn, counted while the candidate warms up."""
+    """Warm up a candidate; return the number of calls that make up its turn."""
     call()  # the first one may compile for seconds, and says nothing about the next
     start, num_calls = perf_counter(), 0
     while (passed := perf_counter() - start) < WARM_UP_S or num_calls < MIN_CALLS:
@@ -71,7 +71,7 @@ def _warm_up(call: Callable[[], Any]) -> int:
 
 
 def _turn(call: Callable[[], Any], num_calls: int) -> NDArray[np.float64]:
-    """Milliseconds of each of that many calls in a row."""
+    """Time `num_calls` calls in a row; return milliseconds per call."""
     stamps = np.empty(num_calls + 1)
     stamps[0] = perf_counter()
     for place in range(num_calls):

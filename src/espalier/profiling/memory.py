@@ -1,4 +1,4 @@
-"""How much memory loading and running something takes at its worst moment, in a process that does nothing else.
+"""Measure the peak memory of loading and running something, in a process that does nothing else.
 
 The high-water mark of a process never falls, so each candidate gets a fresh one. What imports take is there before the
 count starts: a candidate is charged for its weights, its activations and the working space of its runtime.
@@ -31,12 +31,12 @@ Prepare = Callable[[], Load]  # what is not: imports, and building what a user w
 
 
 def peak_bytes(prepare: Prepare, threads: Count) -> int:
-    """Bytes that `prepare()()` and a few calls of its result add to a fresh process, on the device that they use.
+    """Return the bytes that `prepare()()` and a few calls of its result add to a fresh process, on their device.
 
     `prepare` is pickled, so it has to be a function of a module, or a `partial` of one with plain arguments.
 
     Raises:
-        RuntimeError: the process ended without an answer: its last words, or the signal that killed it.
+        RuntimeError: the process ended without an answer; says its last words, or the signal that killed it.
     """
     words = [sys.executable, "-m", __name__]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -53,13 +53,13 @@ def peak_bytes(prepare: Prepare, threads: Count) -> int:
 
 
 def on_zeros(load: Callable[[], Callable[[torch.Tensor], Any]], shape: tuple[int, ...], device: torch.device) -> Load:
-    """`load`, and calls of its result with samples of that shape; `partial(on_zeros, load, ...)` is a `Prepare`."""
+    """Return a function that loads a network with `load`, and returns a call of it on zeros of that shape."""
     x = torch.zeros(shape, device=device)
     return lambda: partial(load(), x)
 
 
 def tensor_bytes(module: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers; shared ones count once."""
+    """Return the bytes of all parameters and buffers; shared ones count once."""
     storages = {value.untyped_storage().data_ptr(): value for value in module.state_dict().values()}
     return sum(value.numel() * value.element_size() for value in storages.values())
 
@@ -80,13 +80,16 @@ def _measure(load: Load) -> int:
 
 
 def _return_free_pages() -> None:
-    """Or what is loaded would go where imports have left free space, and cost nothing."""
+    """Return free memory to the system, so that memory used from here on counts as new."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # glibc
         library.malloc_trim(0)
 
 
 def _high_water_bytes() -> int:
-    """Of resident memory. `ru_maxrss` starts at that of the parent process on Linux, `VmHWM` at nothing."""
+    """Return the peak resident memory in bytes.
+
+    On Linux `VmHWM` starts at zero; `ru_maxrss` would start at the value of the parent process.
+    """
     if STATUS.exists():
         words = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")).split()
         return int(words[1]) * 1024

@@ -1,1 +1,1 @@
-"""What was measured, for people: tables, figures, pages, comparisons, and words on the terminal."""
+"""Shows results to people: tables, figures, pages, comparisons, and text on the terminal."""

@@ -30,7 +30,7 @@ MAX_BARS = 12  # features of a table that are drawn
 
 @dataclass(frozen=True)
 class Explained:
-    """One sample, ready to be drawn."""
+    """One sample with its label and its maps, ready to be drawn."""
 
     label: str  # what it is and what the network says, in a few short lines
     picture: NDArray[Any]  # (C, H, W) in [0, 1], or (F,)
@@ -38,7 +38,7 @@ class Explained:
 
 
 def pictures(samples: Sequence[Explained], title: str, target: Path) -> None:
-    """One row per sample: its label, the picture, a map per method."""
+    """Draw one row per sample: its label, the picture, a map per method."""
     methods = list(samples[0].maps)
     columns, rows = len(methods) + 1, len(samples)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
@@ -57,7 +57,7 @@ def pictures(samples: Sequence[Explained], title: str, target: Path) -> None:
 
 
 def bars(samples: Sequence[Explained], title: str, target: Path) -> None:
-    """One panel per method: the mean over the samples for the features that matter most, a dot for each sample.
+    """Draw one panel per method: the mean over the samples for the features that matter most, a dot for each sample.
 
     Features are ranked by their mean share of all methods' absolute attributions, and keep their place in all panels.
     """

@@ -1,6 +1,6 @@
-"""Finished runs beside each other: how they were configured, what was measured, and which are worth their cost.
+"""Compare finished runs: how they were configured, what was measured, and which are worth their cost.
 
-A run may be a stranger's: no link in it is followed, and no text of it can command a terminal.
+A run may come from a stranger: no link in it is followed, and no text of it can control a terminal.
 """
 
 import json
@@ -36,7 +36,7 @@ CELLS: dict[str, Any] = {  # of a row, where it has them; a file is not to be tr
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of a comparison."""
+    """One run of a comparison, with its report and its configuration."""
 
     name: str  # short, and no other run of the comparison has it
     folder: Path
@@ -46,12 +46,12 @@ class Entry:
 
     @property
     def data(self) -> str:
-        """The data set that it was measured on, or nothing where that is not known."""
+        """Return the data set that the run was measured on; empty if unknown."""
         return str(self.config.get("data._target_", "")).rpartition(".")[2]
 
     @property
     def hardware(self) -> str:
-        """CPU and GPUs, or nothing where that is not known."""
+        """Return CPU and GPUs; empty if unknown."""
         found = self.provenance.get("hardware") or {}
         return ", ".join(str(part) for part in [found.get("cpu"), *(found.get("gpus") or [])] if part)
 
@@ -60,7 +60,7 @@ def read(key: str, folders: Sequence[Path]) -> list[Entry]:
     """Return the reports, configurations and provenance of run folders.
 
     Raises:
-        ConfigError: a folder has no report, a damaged one, a link, or one of another version; or is named twice.
+        ConfigError: a folder is named twice, or its report is missing, damaged, a link, or of another version.
     """
     if twice := [str(folder) for place, folder in enumerate(folders) if folder in folders[:place]]:
         raise ConfigError(*(f"{key}={folder}: named twice; a comparison shows a run once" for folder in twice))
@@ -73,7 +73,7 @@ def read(key: str, folders: Sequence[Path]) -> list[Entry]:
 
 
 def name_of(folder: Path) -> str:
-    """Return what tables call a run: `train f5bc95`, `sweep f5bc95/0` for a trial, or the folder that a user named."""
+    """Return the name of a run in tables: `train f5bc95`, `sweep f5bc95/0` for a trial, or the user's folder name."""
     above, around, *_ = *folder.parents, Path(), Path()
     for dated_folder, task, rest in ((folder, above, ""), (above, around, f"/{folder.name}")):
         if dated := DATED.fullmatch(dated_folder.name):
@@ -82,7 +82,7 @@ def name_of(folder: Path) -> str:
 
 
 def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the figures of a run, and what lies among them but is no file of its own: links, pipes."""
+    """Return the figures of a run, and the entries among them that are not its own files: links, pipes."""
     figures = folder / "figures"
     if figures.is_symlink():
         return [], [figures]
@@ -91,12 +91,12 @@ def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def logs(entries: Sequence[Entry]) -> dict[str, Path]:
-    """Return the metrics.csv of each run that has one of its own."""
+    """Return the metrics.csv of each run that has one."""
     return {entry.name: file for entry in entries if _is_own(file := entry.folder / "metrics.csv")}
 
 
 def differences(entries: Sequence[Entry]) -> Columns:
-    """Keys of the configuration that differ, and the value that each run has; empty where none does."""
+    """Return the keys of the configuration that differ, with the value of each run; empty if none differs."""
     known = [entry for entry in entries if entry.config]
     keys = list(dict.fromkeys(key for entry in known for key in entry.config if key not in NOT_SHOWN))
     differing = [key for key in keys if len({_value(entry, key) for entry in known}) > 1]
@@ -109,18 +109,18 @@ def differences(entries: Sequence[Entry]) -> Columns:
 
 
 def _is_knob(key: str, chosen: Sequence[str], entries: Sequence[Entry]) -> bool:
-    """Whether a key belongs to one choice among several, such as `model.depth` where models differ."""
+    """Return whether a key belongs to one of several options, such as `model.depth` if the models differ."""
     is_common = all(key in entry.config for entry in entries)
     return not is_common and any(key.startswith(f"{group}.") and key != f"{group}{TARGET}" for group in chosen)
 
 
 def _short(value: str, key: str) -> str:
-    """Return a choice as a word: `ResNet` of `espalier.models.resnet.ResNet`."""
+    """Return a configured value as a short word: `ResNet` for `espalier.models.resnet.ResNet`."""
     return value.rpartition(".")[2] if key.endswith(TARGET) else value
 
 
 def rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return the rows of all reports; a name that several runs use gets that of the run."""
+    """Return the rows of all reports; a name that several runs use is replaced by that of the run."""
     used = [name for entry in entries for name in {str(row["name"]) for row in entry.report.rows}]
     return [
         {**row, "name": f"{row['name']}, {entry.name}" if used.count(str(row["name"])) > 1 else str(row["name"])}
@@ -130,7 +130,7 @@ def rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def means(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[str]]:
-    """For runs that differ in nothing but their seed: a row of mean metrics, and a line with the ranges."""
+    """Return a row of mean metrics for each set of runs that differ in their seed alone, and a line with the ranges."""
     found: list[dict[str, Any]] = []
     ranges: list[str] = []
     for group in _same_but_seed(entries):
@@ -151,19 +151,19 @@ def means(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def metric_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the first metric of the first row with metrics that is no loss; None where nothing was measured."""
+    """Return the first metric that is not a loss, of the first row with metrics; None if nothing was measured."""
     names = [name for row in rows for name in row.get("metrics", {})]
     return next((name for name in names if not name.endswith("loss")), names[0] if names else None)
 
 
 def batch_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the batch size that most rows were timed at, the first of several; None where none was."""
+    """Return the batch size at which most rows were timed, the first of several; None if none was timed."""
     timed = [batch for row in rows for batch in row.get("latency_ms", {})]
     return max(timed, key=timed.count) if timed else None
 
 
 def cautions(entries: Sequence[Entry]) -> Iterator[str]:
-    """Yield what makes numbers of these runs hard to compare."""
+    """Yield a line for each difference that makes the numbers of these runs hard to compare."""
     sets = {entry.data for entry in entries if entry.data}
     if len(sets) > 1:
         yield f"DIFFERENT DATA ({', '.join(sorted(sets))}): metrics of these runs cannot be compared"
@@ -220,7 +220,7 @@ def _yaml(key: str, folder: Path) -> dict[str, Any]:
 
 
 def _json(key: str, folder: Path) -> dict[str, Any]:
-    """Return what is known of the origin; empty where the file is missing or damaged, as no number depends on it."""
+    """Return the content of a provenance file; empty if it is missing or damaged, as no number depends on it."""
     file = folder / "provenance.json"
     try:
         found = _printable(json.loads(file.read_bytes())) if _is_there(key, file) else {}
@@ -230,10 +230,10 @@ def _json(key: str, folder: Path) -> dict[str, Any]:
 
 
 def _is_there(key: str, file: Path) -> bool:
-    """Whether the run has this file.
+    """Return whether the run has this file.
 
     Raises:
-        ConfigError: what has its name is a link, which may lead to a file that the page is not meant to show.
+        ConfigError: the file is a link, which may lead to a file that the page is not meant to show.
     """
     if file.is_symlink():
         raise ConfigError(f"{key}={file}: a link, and report follows none; copy the file that it means")
@@ -245,7 +245,7 @@ def _is_own(file: Path) -> bool:
 
 
 def _printable(tree: Any) -> Any:
-    """Plain types whose texts are lines that every terminal shows as letters."""
+    """Return plain types in which each text is one line of printable characters."""
     if isinstance(tree, dict):
         return {_printable(key): _printable(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -260,7 +260,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"optimizer": {"lr": 1}}` becomes `{"optimizer.lr": 1}`; lists are values."""
+    """Turn `{"optimizer": {"lr": 1}}` into `{"optimizer.lr": 1}`; lists are values."""
     if not isinstance(node, dict):
         return {prefix: node} if prefix else {}
     flat: dict[str, Any] = {}

@@ -53,7 +53,7 @@ Series = dict[str, list[tuple[float, float]]]  # split -> (epoch, value)
 
 
 def curves(metrics_csv: Path, target: Path) -> None:
-    """One panel per metric, training and validation over epochs, the best validation epoch marked.
+    """Draw one panel per metric, training and validation over epochs, the best validation epoch marked.
 
     Raises:
         ValueError: no metric was logged per epoch.
@@ -71,7 +71,7 @@ def curves(metrics_csv: Path, target: Path) -> None:
 
 
 def learning(logs: Mapping[str, Path], target: Path) -> bool:
-    """Draw the validation of several runs, name -> metrics.csv, over each other; return whether there was any.
+    """Draw the validation curves of several runs (name -> metrics.csv) over each other; return whether there were any.
 
     A file that cannot be read is left out, as no number depends on it.
     """
@@ -103,7 +103,10 @@ def learning(logs: Mapping[str, Path], target: Path) -> bool:
 
 
 def confusion_matrix(matrix: Tensor | NDArray[Any], class_names: Sequence[str], target: Path) -> None:
-    """Rows are true classes, columns predicted ones, shape (K, K) of counts; colour is the share of the true class."""
+    """Draw counts (K, K) with true classes as rows and predicted classes as columns.
+
+    The colour is the share of the true class.
+    """
     num_classes = len(class_names)
     counts_KK = torch.as_tensor(matrix).detach().cpu().double()
     share_KK = counts_KK / counts_KK.sum(dim=1, keepdim=True).clamp(min=1)
@@ -124,7 +127,7 @@ def confusion_matrix(matrix: Tensor | NDArray[Any], class_names: Sequence[str], 
 
 
 def predicted_vs_true(predicted: Tensor | NDArray[Any], true: Tensor | NDArray[Any], target: Path) -> None:
-    """Scatter of a regression, both shape (N,), in the unit of the target; a perfect model lies on the diagonal."""
+    """Draw predicted over true values of a regression, both (N,), in the target's unit; the diagonal is perfect."""
     predicted_N, true_N = (torch.as_tensor(values).detach().cpu().double().flatten() for values in (predicted, true))
     rmse = (predicted_N - true_N).square().mean().sqrt()
     stride = math.ceil(len(true_N) / MAX_POINTS)
@@ -177,7 +180,7 @@ def trade_off(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
 
 
 def sensitivity(growth: Mapping[str, float], target: Path) -> None:
-    """How much the loss grows when one layer is disturbed: a bar per layer, the most sensitive first."""
+    """Draw how much the loss grows when one layer is disturbed: a bar per layer, the most sensitive first."""
     shown = sorted(growth.items(), key=lambda part: part[1], reverse=True)[:MAX_LAYERS]
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(6.4, 1.2 + 0.26 * len(shown)), layout="constrained")
@@ -191,7 +194,7 @@ def sensitivity(growth: Mapping[str, float], target: Path) -> None:
 
 
 def _per_epoch(metrics_csv: Path) -> dict[str, Series]:
-    """Metric name without its split -> split -> points; of several rows of an epoch the last counts."""
+    """Return the points of each metric by its name without split, then by split; the last row of an epoch counts."""
     values: dict[str, dict[str, dict[int, float]]] = {}
     with metrics_csv.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -235,7 +238,7 @@ def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def scale_axis(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """From zero upwards, or logarithmic where values lie far apart; `text` writes the numbers at the ticks."""
+    """Scale the axis from zero, or logarithmically if values lie far apart; `text` writes the numbers at the ticks."""
     if max(values) > LOG_FROM * min(values) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -255,7 +258,7 @@ def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
 
 
 def _write_counts(axes: Axes, counts_KK: Tensor, share_KK: Tensor) -> None:
-    """Write the count into each cell that holds one; white on dark cells."""
+    """Write the count into each cell that is not empty; white on dark cells."""
     size = 10 if len(counts_KK) <= 12 else 7
     for row, column in counts_KK.nonzero().tolist():
         colour = "white" if share_KK[row, column] > 0.55 else "black"
@@ -264,7 +267,7 @@ def _write_counts(axes: Axes, counts_KK: Tensor, share_KK: Tensor) -> None:
 
 
 def save(figure: Figure, target: Path) -> None:
-    """Save a PNG; its folder is made where it is missing."""
+    """Save a PNG; create its folder if it is missing."""
     _take_literally(figure)
     target.parent.mkdir(parents=True, exist_ok=True)
     with lettering.provided(figure):
@@ -272,7 +275,7 @@ def save(figure: Figure, target: Path) -> None:
 
 
 def _take_literally(figure: Figure) -> None:
-    """Show each `$` of a name as it is, where matplotlib would read a formula; log axes have formulas of its own."""
+    """Show each `$` of a name as it is: matplotlib would read a formula, as log axes have."""
     axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     of_ticks = [
         axis.get_ticklabels(which="both") for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)

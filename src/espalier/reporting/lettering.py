@@ -1,4 +1,4 @@
-"""Names that users gave, as figures can write them: on one line, and in a font for letters that the usual one lacks."""
+"""Prepare names for figures: each on one line, in a font that has its letters."""
 
 import logging
 import warnings
@@ -29,7 +29,7 @@ def short(name: str, letters: int = 20) -> str:
 
 @contextmanager
 def provided(figure: Figure) -> Iterator[None]:
-    """While the figure is drawn, letters come from whichever installed font has them; what none has is said once."""
+    """Use other fonts inside the block for letters that the default font lacks; warn once of letters that none has."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_ticklabels()  # which makes them
@@ -52,7 +52,7 @@ def provided(figure: Figure) -> Iterator[None]:
 
 @cache
 def _fonts_with(missing: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """As few installed fonts as have these letters, and the letters that none has."""
+    """Return a few installed fonts that together have these letters, and the letters that no font has."""
     upright = {font.name: font.fname for font in font_manager.fontManager.ttflist if font.style == "normal"}
     have = {name: missing & _letters_of(path) for name, path in sorted(upright.items()) if LAST_RESORT not in name}
     chosen: list[str] = []

@@ -1,4 +1,4 @@
-"""A comparison as Markdown and as one HTML file that needs nothing else: no script, no font, no address.
+"""A comparison as Markdown, and as one HTML file that loads nothing: no script, no font, no address.
 
 Names, notes and values come from files: whatever they hold is shown as text.
 """
@@ -45,7 +45,7 @@ MARKDOWN = re.compile(r"([\\`*\[\]<>|#~]|(?<!\w)_|_(?!\w))")  # what means somet
 def html(
     title: str, entries: Sequence[Entry], measured: Columns, differing: Columns, done: Report, figures: Path
 ) -> str:
-    """Return the whole page; pictures in the folders `figures` of the comparison and of each run are part of it."""
+    """Return the whole page, with the pictures in the folders `figures` of the comparison and of each run."""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -80,7 +80,7 @@ def markdown(title: str, entries: Sequence[Entry], measured: Columns, differing:
 
 
 def _run(entry: Entry, *, is_open: bool) -> str:
-    """Return what is known of a run, and its pictures."""
+    """Return the section of a run: what is known of it, and its pictures."""
     git = entry.provenance.get("git")
     commit = str(git.get("commit")) + (" and changes" if git.get("dirty") else "") if isinstance(git, dict) else None
     command = entry.provenance.get("command")
@@ -138,5 +138,5 @@ def _is_numeric(cells: Iterable[str]) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape a text so that Markdown shows it as it is, on one line."""
     return MARKDOWN.sub(r"\\\1", " ".join(text.split()))

@@ -25,7 +25,7 @@ Row = Mapping[str, Any]  # of a report
 
 @dataclass(frozen=True)
 class Point:
-    """A row as the front sees it."""
+    """A row of the report, reduced to the numbers that the Pareto front compares."""
 
     name: str
     value: float  # of the metric
@@ -35,9 +35,9 @@ class Point:
 
 
 def latency(rows: Sequence[Row], target: Path) -> None:
-    """Milliseconds of a call, a panel per batch size: a dot at the median, a line to the 95th percentile.
+    """Draw milliseconds per call, a panel per batch size: a dot at the median, a line to the 95th percentile.
 
-    The number beside it is the median and how many times as fast as the first row that is.
+    Beside the dot stand the median, and how many times as fast as the first row it is.
     """
     batches = list(dict.fromkeys(batch for row in rows for batch in row["latency_ms"]))[:MAX_PANELS]
     names = [str(row["name"]) for row in rows]
@@ -66,9 +66,9 @@ def latency(rows: Sequence[Row], target: Path) -> None:
 
 
 def pareto(points: Sequence[Point], metric: str, batch: str | None, target: Path) -> None:
-    """Draw a metric over latency and over size, each panel with the line of those that nothing beats in both.
+    """Draw a metric over latency and over size, with a line through the points that no other beats in both.
 
-    A panel is left out where no point has its cost. Points beside the line are pale, numbers stand in the legend.
+    A panel is left out if no point has its cost. Points off the line are pale, numbers stand in the legend.
     """
     costs: dict[str, tuple[str, Callable[[float], str]]] = {
         "latency_ms": (f"milliseconds, batch of {batch}", "{:g}".format),
@@ -108,7 +108,7 @@ def _draw_front(axes: Axes, points: Sequence[Point], some: Sequence[Point], cost
 
 
 def _style(place: int) -> Any:
-    """Colour and marker: other pairs of the same for the second eight."""
+    """Return colour and marker of a point; the second eight get other pairs."""
     colour, _ = ARTIFACTS[(1 + place) % len(ARTIFACTS)]
     _, marker = ARTIFACTS[(1 + place + place // len(ARTIFACTS)) % len(ARTIFACTS)]
     return {"color": colour, "marker": marker}
@@ -121,7 +121,7 @@ def _numbers(point: Point) -> str:
 
 
 def _leave_room(axes: Axes, slowest: float) -> None:
-    """Let the axis end so far right of `slowest` that a number fits."""
+    """Extend the axis to the right of `slowest`, so that a number fits."""
     if axes.get_xscale() == "log":
         left = axes.get_xlim()[0]
         if slowest > MANY_TICKS * left:
@@ -132,7 +132,7 @@ def _leave_room(axes: Axes, slowest: float) -> None:
 
 
 def points(rows: Sequence[Mapping[str, Any]], metric: str, batch: str | None) -> list[Point]:
-    """Return the rows that have the metric."""
+    """Return a point for each row that has the metric."""
     found = []
     runtimes = {row.get("runtime") for row in rows}
     for row in rows:
@@ -148,7 +148,10 @@ def points(rows: Sequence[Mapping[str, Any]], metric: str, batch: str | None) ->
 
 
 def front(costs: Sequence[Sequence[float]]) -> list[int]:
-    """Places of those that no other beats: at least as low in every number, lower in one; equal ones all stay."""
+    """Return the positions of the points that no other point beats.
+
+    A point beats another that is nowhere lower and somewhere higher; so equal points all stay.
+    """
     return [
         place
         for place, own in enumerate(costs)
@@ -159,7 +162,7 @@ def front(costs: Sequence[Sequence[float]]) -> list[int]:
 
 
 def verdicts(points: Sequence[Point], metric: str, batch: str | None) -> Iterator[str]:
-    """Which are on the front of the metric against latency, and against size, in words."""
+    """Yield a line that names the points on the front of the metric against latency, and one against size."""
     for cost, what in (("latency_ms", f"milliseconds at batch {batch}"), ("size_bytes", "size")):
         some = [point for point in points if getattr(point, cost) is not None]
         if len(some) > 1:

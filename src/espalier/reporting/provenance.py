@@ -1,4 +1,4 @@
-"""Where a number comes from: code, packages, hardware, command. Reads this machine only and never fails."""
+"""The origin of a number: code, packages, hardware, command. Reads this machine only and never fails."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ GIT_SECONDS = 10  # a hanging network file system must not hold up a run
 
 
 def collect() -> dict[str, Any]:
-    """Plain types, ready for `provenance.json`; what cannot be found out is None."""
+    """Return where the run comes from, in plain types for `provenance.json`; what cannot be found out is None."""
     return {
         "git": git(SOURCE),
         "command": redaction.scrub_words(sys.argv),
@@ -59,14 +59,14 @@ def _typed(word: str) -> str:
 
 
 def git(folder: Path) -> dict[str, Any] | None:
-    """Commit of the repository around `folder` and whether files differ from it; None outside git."""
+    """Return the commit of the repository around `folder`, and whether files differ from it; None outside git."""
     commit = _git(folder, "rev-parse", "HEAD")
     status = _git(folder, "status", "--porcelain")
     return None if commit is None else {"commit": commit, "dirty": bool(status)}
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, the cores this process may use, memory in bytes, names of the GPUs."""
+    """Return the CPU model, the number of cores this process may use, memory in bytes and the names of the GPUs."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -76,7 +76,7 @@ def hardware() -> dict[str, Any]:
 
 
 def lock_sha256(folder: Path) -> str | None:
-    """Hash of the nearest `requirements.lock` at or above `folder`; None where there is none."""
+    """Return the hash of the nearest `requirements.lock` at or above `folder`, or None."""
     for place in (folder, *folder.parents):
         file = place / "requirements.lock"
         if file.is_file():

@@ -29,9 +29,9 @@ Trial = tuple[Path, Sequence[str], str]  # run folder, its overrides `key=value`
 
 
 def write(report: Report, folder: Path, made: str = "") -> None:
-    """Write `report.md`, then `report.json`, by which a run is known as finished; each whole or not at all.
+    """Write `report.md`, then `report.json`, which marks a run as finished; each whole or not at all.
 
-    `made` is a paragraph of `report.md`: by which command the numbers came about, on what.
+    `made` is a paragraph of `report.md` that says by which command, and on what, the numbers were made.
     """
     text = json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
     files.write_text(folder / MARKDOWN_NAME, markdown(report, made))
@@ -52,7 +52,7 @@ def read(folder: Path) -> Report:
 
 
 def table(report: Report, width: int = TABLE_WIDTH) -> RenderableType:
-    """Rows are artifacts, columns are metrics and costs; several tables where one would be wider than `width`."""
+    """Return a table of artifacts by metrics and costs; several tables if one would be wider than `width`."""
     metrics, costs = columns_of(report)
     names = {"": metrics.pop("")}
     is_split = _width({**names, **metrics, **costs}) > width  # then metrics and costs do not share a table
@@ -81,7 +81,7 @@ def markdown(report: Report, made: str = "") -> str:
 
 
 def trials(finished: Sequence[Trial]) -> Table:
-    """One row per trial: the overrides that differ, key metrics of the last row of its report, how it ended."""
+    """Return a table with a row per trial: the overrides that differ, key metrics, and how it ended."""
     folders = [folder for folder, _, _ in finished]
     overrides = [dict(word.split("=", 1) for word in words if "=" in word) for _, words, _ in finished]
     reports = [read(folder) if (folder / JSON_NAME).exists() else None for folder in folders]
@@ -100,7 +100,7 @@ def trials(finished: Sequence[Trial]) -> Table:
 
 
 def si(value: float) -> str:
-    """Three digits and a prefix: 272474 is `272 k`, 40551808 is `40.6 M`."""
+    """Write a number with three digits and a prefix: 272474 is `272 k`, 40551808 is `40.6 M`."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:  # 999,950 reads better as 1.00 M than as 1000 k
             return f"{_digits(value / size)} {prefix}"
@@ -108,13 +108,13 @@ def si(value: float) -> str:
 
 
 def bytes_(value: float) -> str:
-    """Decimal units, as disks and networks use: 1141000 is `1.14 MB`."""
+    """Write bytes in decimal units, as disks and networks do: 1141000 is `1.14 MB`."""
     number, _, prefix = si(value).partition(" ")
     return f"{number} {prefix}B"
 
 
 def duration(seconds: float) -> str:
-    """`12.3 s`, `2 min 05 s`, `3 h 07 min`."""
+    """Write seconds as `12.3 s`, `2 min 05 s` or `3 h 07 min`."""
     if seconds < 99.95:
         return f"{_digits(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -122,7 +122,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """Integers and thousands in full, shares with four decimals: `12`, `5,210`, `0.9889`, `1.0000`, `12.35`."""
+    """Write integers and thousands in full, shares with four decimals: `12`, `5,210`, `0.9889`, `1.0000`, `12.35`."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if 0.001 <= abs(value) <= 1 or value == 0 else f"{value:.4g}"
@@ -172,23 +172,23 @@ def _remarks(report: Report) -> list[str]:
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every key once, in order of appearance."""
+    """Return every key once, in order of appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def _short(metric: str, metrics: Sequence[str]) -> str:
-    """Without its split where all metrics are of the same one."""
+    """Return the metric without its split if all metrics are of the same split."""
     same_split = len({name.partition("/")[0] for name in metrics}) == 1
     return metric.partition("/")[2] or metric if same_split else metric
 
 
 def _filled(cells: Sequence[str]) -> set[int]:
-    """Return the rows that have something in this column."""
+    """Return the rows that have a value in this column."""
     return {place for place, cell in enumerate(cells) if cell != MISSING}
 
 
 def _without_empty_rows(names: Columns, columns: Columns) -> Columns:
-    """Return a table without the rows that have nothing but their name in it; all of them where none has more."""
+    """Return a table without the rows that have a name and no value, unless all are so."""
     filled = set().union(*map(_filled, columns.values())) or set(range(len(names[""])))
     return {header: [cells[place] for place in sorted(filled)] for header, cells in {**names, **columns}.items()}
 
@@ -202,23 +202,23 @@ def _cell(value: Any, rounded: Callable[[float], str]) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three significant digits with their zeros: 1.00, 40.6, 272."""
+    """Write three significant digits with their zeros: 1.00, 40.6, 272."""
     decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{decimals}f}"
 
 
 def _three_digits(value: float) -> str:
-    """As `_digits`, below 1 as well: 0.0448."""
+    """Write three significant digits, also of numbers below 1: 0.0448."""
     return f"{value:#.3g}" if 0 < abs(value) < 0.9995 else _digits(value)
 
 
 def _width(columns: Mapping[str, Sequence[str]]) -> int:
-    """Characters of a table of box style SIMPLE_HEAD."""
+    """Return the number of characters per line of a table of box style SIMPLE_HEAD."""
     return sum(2 + max(map(len, [header, *cells])) for header, cells in columns.items()) + len(columns) + 1
 
 
 def grid_of(columns: Mapping[str, Sequence[str]]) -> Table:
-    """Return a table for the terminal; numbers stand right, the column without a header holds names."""
+    """Return a table for the terminal; numbers are right-aligned, and the column without a header holds names."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header, cells in columns.items():
         is_numeric = header != "" and all(cell == MISSING or cell.lstrip("-")[:1].isdigit() for cell in cells)
@@ -230,7 +230,7 @@ def grid_of(columns: Mapping[str, Sequence[str]]) -> Table:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replace NaN and infinities by None, as JSON has neither."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

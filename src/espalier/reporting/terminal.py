@@ -1,7 +1,7 @@
-"""What is printed: text as it is, on a terminal, into a file or into a pipe that nobody reads any more.
+"""Print text unchanged, on a terminal, into a file, or into a pipe that nobody reads any more.
 
-Names of folders, classes and options are the user's or a stranger's: no bracket in them is markup, no word between
-colons an emoji, no byte a command to the terminal.
+Names of folders, classes and options come from users or strangers. So brackets are not read as markup, words between
+colons not as emoji, and no byte as a command to the terminal.
 """
 
 import errno
@@ -34,24 +34,24 @@ _farewell = ""
 
 
 def console(*, soft_wrap: bool = False) -> "Console":
-    """Return a console that shows every text as it is; with `soft_wrap` it breaks no line."""
+    """Return a console that shows every text as it is; with `soft_wrap` it does not break lines."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
 
 
 def say(line: str) -> None:
-    """Print one line for the user, as long as it is."""
+    """Print one line for the user, without wrapping it."""
     console(soft_wrap=True).print(printable(line))
 
 
 def printable(text: str) -> str:
-    """Return the text without what would command the terminal: `?` in its place."""
+    """Return the text with `?` for every character that could control the terminal."""
     return CONTROL.sub("?", text)
 
 
 def hush_lightning() -> None:
-    """Print no more of Lightning's messages that no user can act on; called once it is imported."""
+    """Silence the messages of Lightning that no user can act on; called once it is imported."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in NOT_FOR_USERS:
@@ -59,7 +59,7 @@ def hush_lightning() -> None:
 
 
 def keep_open() -> None:
-    """See to it that from now on nothing printed ends this process: no missing letter, no reader that has gone."""
+    """Keep printing from ever ending this process, by a letter that is missing or a reader that has gone."""
     for name, descriptor in STANDARD.items():
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):
@@ -71,13 +71,13 @@ def keep_open() -> None:
 
 
 def say_when_closed(line: str) -> None:
-    """Choose the line for stderr in case that the reader of stdout goes away."""
+    """Set the line to print on stderr if the reader of stdout goes away."""
     global _farewell
     _farewell = line
 
 
 def _patient(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
-    """Return the same stream, over a file that its reader may leave."""
+    """Return the same stream over a `_Patient` file, whose reader may go away."""
     return io.TextIOWrapper(
         io.BufferedWriter(_Patient(descriptor, "w", closefd=False)),
         encoding=stream.encoding,
@@ -87,7 +87,7 @@ def _patient(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
 
 
 class _Patient(io.FileIO):
-    """A standard stream; once nobody can read it any more, what is written to it is lost."""
+    """A standard stream that ignores writes once nobody can read it any more."""
 
     def write(self, data: Any, /) -> int:
         try:

@@ -1,1 +1,1 @@
-"""What lies in a run folder: names, checkpoints, hashes, the lock; how it reaches a disk or a bucket whole."""
+"""The run folder: its names, checkpoints, hashes and lock, and how files reach a disk or a bucket whole."""

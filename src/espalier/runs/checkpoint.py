@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is read back without running any of it; `storage.py` brings it to the disk.
+"""The content of a checkpoint, and how to read it without running any of it; `storage.py` writes it to disk.
 
 A checkpoint is Lightning's dictionary plus `espalier: {version, config, spec, compression}`, so nobody retypes
 overrides, and a network with fewer channels, masks or quantizers is rebuilt from the history of what was done to it.
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory."""
+    """A checkpoint in memory, with the file it came from."""
 
     path: Path
     content: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @property
     def said(self) -> str:
-        """The file, the step and the validation metric of its weights, for the line that a user sees."""
+        """Return the file, the step and the validation metric of its weights, as the user reads them."""
         step = self.content.get("global_step")
         last = self.content.get("validation") or {}
         parts = [str(self.path)]
@@ -57,7 +57,7 @@ class Checkpoint:
         return ", ".join([*parts, *filter(None, [self.why])])
 
     def _score(self) -> tuple[str, float] | None:
-        """Return what the best is chosen by, and its value for these weights; None where they were not validated."""
+        """Return the monitored metric and its value for these weights, or None if they were not validated."""
         last = self.content.get("validation")
         if last:
             return (
@@ -72,7 +72,7 @@ class Checkpoint:
         return None
 
     def best_name(self) -> str:
-        """Return the file that was best when this one was written, as its training knew; empty where none was."""
+        """Return the name of the best file at the time this one was written; empty if there was none."""
         return next((Path(str(state["best_model_path"])).name for state in self._keepers()), "")
 
     def _keepers(self) -> list[dict[str, Any]]:
@@ -89,12 +89,12 @@ class Checkpoint:
 
     @property
     def history(self) -> list[Entry]:
-        """What was done to the network, in order; see `compression/base.py`."""
+        """Return the steps of compression done to the network, in order; see `compression/base.py`."""
         return [dict(entry) for entry in self.content["espalier"].get("compression", [])]
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """State dict of the model alone."""
+        """Return the state dict of the model alone."""
         state = self.content["state_dict"]
         return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
 
@@ -114,7 +114,7 @@ def load(key: str, path: Path) -> Checkpoint:
 
 
 def load_run(key: str, reference: str, names: Sequence[str]) -> Checkpoint:
-    """Read the first of `names` among the checkpoints of a RUN, as `load` does; for a damaged last one, that before it.
+    """Read the first of `names` among the checkpoints of a RUN, as `load` does; for a damaged last the one before it.
 
     Raises:
         ConfigError: the RUN holds none of them, or what it holds cannot be read.
@@ -139,7 +139,7 @@ def _last_or_previous(key: str, path: Path) -> Checkpoint:
 
 
 def _unrecorded(key: str, last: Checkpoint) -> Checkpoint:
-    """Return the best of a folder that does not say which: what the last checkpoint knew as such, else that one."""
+    """Return the best of a folder without a record: the best that the last checkpoint knew, else the last itself."""
     best = last.path.with_name(last.best_name() or last.path.name)
     if best == last.path:
         return replace(last, why="as no best was kept")
@@ -161,7 +161,7 @@ def _read(key: str, path: Path) -> Any:
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Writes self-describing checkpoints, whole or not at all; the last but one stays beside the last."""
+    """Writes self-describing checkpoints, whole or not at all, and keeps the one before the last."""
 
     def __init__(self, config: Mapping[str, Any], spec: DataSpec, history: list[Entry]) -> None:
         self.description = {"version": VERSION, "config": dict(config), "spec": spec.to_dict()}
@@ -173,7 +173,11 @@ class CheckpointIO(TorchCheckpointIO):
         self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Raise `EspalierError` if this one, or the one written in the background before it, finds no room."""
+        """Save a checkpoint, at once or in the background.
+
+        Raises:
+            EspalierError: there is no room for it, or for the one written in the background before it.
+        """
         content = {**checkpoint, "espalier": {**self.description, "compression": list(self.history)}}
         self.teardown()
         if self.is_asynchronous:
@@ -185,7 +189,7 @@ class CheckpointIO(TorchCheckpointIO):
         self._store(path, lambda folder, name, keep: folder.link(saved.name, name, keep))
 
     def record_best(self, folder: Path, name: str | None) -> None:
-        """Write down which file of the folder is the best; after those that are on their way. Raise as above."""
+        """Record which file of the folder is the best, after those being written; raise as `save_checkpoint`."""
         if name is not None or (folder / run_folder.BEST).exists():
             self._store(folder / run_folder.BEST, lambda files, _, keep: files.record_best(name))
 
@@ -193,14 +197,14 @@ class CheckpointIO(TorchCheckpointIO):
         """Wait for what is written in the background; Lightning calls this at the end of a fit.
 
         Raises:
-            EspalierError: it was not written.
+            EspalierError: it could not be written.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def _store(self, target: Path, job: Job) -> None:
-        """Now, or after what is on its way already."""
+        """Write the checkpoint now, or in the background after those that are being written."""
         if self.is_asynchronous:
             self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             self._writing = self._thread.submit(self._store_after, self._writing, target, job)
@@ -228,7 +232,7 @@ class CheckpointIO(TorchCheckpointIO):
                 log.warning("%s: not copied to %s, training goes on: %s", target, self.mirror.root, error)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete one that others have replaced, and its line in the list; it may be on its way in the background."""
+        """Delete a file that was replaced, and its line in the list; if it is still being written, do so afterwards."""
         self.teardown()
         storage.remove(Path(path))
         if self.mirror:
@@ -238,13 +242,13 @@ class CheckpointIO(TorchCheckpointIO):
                 log.warning("%s: not removed from %s, training goes on: %s", path, self.mirror.root, error)
 
     def save_network(self, model: nn.Module, path: Path) -> None:
-        """Save a checkpoint of the network alone, which tests and starts new runs, but does not resume."""
+        """Save a checkpoint of the network alone, for tests and new runs; no run resumes from it."""
         state = {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
         self.save_checkpoint({"state_dict": state, "pytorch-lightning_version": L.__version__}, path)
         self.teardown()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return what `save_checkpoint` wrote; a spawned process hands its bare weights over in this way, too."""
+        """Return what `save_checkpoint` wrote, or the bare weights that a spawned process hands over."""
         self.teardown()
         return dict(_read("checkpoint", Path(path)))
 
@@ -253,7 +257,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Fill the model with exactly the checkpoint's weights.
 
     Raises:
-        ConfigError: they belong to another architecture.
+        ConfigError: the weights belong to another architecture.
     """
     new = _misfits(model.state_dict(), checkpoint.weights)
     unused = checkpoint.weights.keys() - model.state_dict().keys()

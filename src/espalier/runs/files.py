@@ -13,10 +13,10 @@ SIGNIFICANT = ".6g"  # digits of a number in a CSV file
 
 @contextmanager
 def replaced(target: Path, *, by_several: bool = False) -> Iterator[Path]:
-    """Yield a hidden path beside `target`; what is written there takes its place once it is on the disk, else nothing.
+    """Yield a hidden path beside `target`, which replaces it once the content is on disk; an error changes nothing.
 
-    Its name is always the same, so that what a kill left is written over; `by_several` processes write at once, each to
-    a name of its own.
+    The name is always the same, so what a kill left is overwritten. With `by_several`, processes that write at once
+    have a name each.
 
     Raises:
         OSError: it cannot be written; `target` is as it was.
@@ -33,7 +33,7 @@ def replaced(target: Path, *, by_several: bool = False) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Replace a file by this text, or leave it as it was; what UTF-8 has no bytes for is escaped."""
+    """Replace a file by this text, or leave it as it was; characters that UTF-8 cannot encode are escaped."""
     with replaced(target) as draft:
         draft.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -48,12 +48,12 @@ def write_csv(target: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]
 
 
 def draft_of(target: Path) -> Path:
-    """Return where a file lies until it is whole."""
+    """Return the hidden path under which a file is written."""
     return target.with_name(f".{target.name}.partial")
 
 
 def sync(file: BinaryIO) -> None:
-    """Wait until what was written is on the disk."""
+    """Wait until the content of the file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -1,4 +1,4 @@
-"""The runs below a folder of logs: how each ended, what it measured, and which is best. Nothing here imports torch."""
+"""List the runs below a folder of logs: how each ended, what it measured, and which is best. Never imports torch."""
 
 import json
 import math
@@ -33,7 +33,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Listed:
-    """A run on disk."""
+    """A run on disk: its state, and what its files say of it."""
 
     folder: Path
     state: str
@@ -41,7 +41,7 @@ class Listed:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The stored configuration; empty where there is none that can be read."""
+        """Return the stored configuration; empty if it cannot be read."""
         try:
             found = yaml.load(RunFolder(self.folder).config.read_bytes(), Loader=_LOADER)
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -50,20 +50,20 @@ class Listed:
 
     @property
     def task(self) -> str:
-        """The task, or `?` where nothing says it."""
+        """Return the task, or `?` if it is unknown."""
         node = self.config.get("task") if "task" not in self.report else None
         named = node.get("_target_", "?") if isinstance(node, dict) else self.report.get("task", "?")
         return str(named).rpartition(".")[2]
 
     @property
     def seed(self) -> int | None:
-        """The seed, None where nothing says it."""
+        """Return the seed, or None if it is unknown."""
         seed = self.report.get("seed", None) if self.report else self.config.get("seed")
         return seed if isinstance(seed, int) else None
 
     @property
     def chosen(self) -> Chosen | None:
-        """What its best checkpoint was chosen by; None where it has none, or is no result."""
+        """Return the metric that its best checkpoint was chosen by, or None if the report names none."""
         said = self.report.get("monitored")
         if not isinstance(said, dict) or not _is_number(said.get("value")):
             return None
@@ -71,7 +71,7 @@ class Listed:
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """What the last row of its report measured, and what it was chosen by."""
+        """Return the metrics in the last row of its report, and the one that its best checkpoint was chosen by."""
         rows = self.report.get("rows")
         last = rows[-1] if isinstance(rows, list) and rows and isinstance(rows[-1], dict) else {}
         measured = last.get("metrics")
@@ -82,13 +82,13 @@ class Listed:
 
     @cached_property
     def changed(self) -> float:
-        """When it ended, or its folder changed last; seconds since the epoch."""
+        """Return when it ended, or when its folder changed last, in seconds since the epoch."""
         report = RunFolder(self.folder).report
         return (report if report.is_file() else self.folder).stat().st_mtime
 
     @cached_property
     def size_bytes(self) -> int:
-        """Bytes of all files in its folder."""
+        """Return the bytes of all files in its folder."""
         paths = (os.path.join(root, name) for root, _, names in os.walk(self.folder) for name in names)  # noqa: PTH118
         return sum(os.lstat(path).st_size for path in paths if os.path.lexists(path))
 
@@ -105,14 +105,14 @@ def below(logs: Path) -> list[Listed]:
 
 
 def is_lower_better(metric: str, runs: list[Listed]) -> bool:
-    """Return which way a metric gets better: as the runs that monitored it say, else as its name says."""
+    """Return whether lower values of a metric are better, by the runs that monitored it, else by its name."""
     name = metric.partition("/")[2] or metric
     modes = {run.chosen.metric.partition("/")[2]: run.chosen.mode for run in runs if run.chosen}
     return modes[name] == "min" if name in modes else bool(LOWER_IS_BETTER.search(name))
 
 
 def best(key: str, logs: Path) -> Path:
-    """Return the finished training below `logs` with the best validation metric; of equals the newest.
+    """Return the finished training below `logs` with the best validation metric; among equal ones the newest.
 
     Raises:
         ConfigError: there is none, or they were chosen by different metrics or trained on different data.
@@ -170,7 +170,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _differing(one: Any, other: Any) -> str | None:
-    """Return a knob in which two configurations of data differ, but for those that change no sample."""
+    """Return a setting in which two configurations of data differ, except settings that change no sample."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return None if one == other else "_target_"
     names = [name for name in {**one, **other} if name not in NOT_THE_DATA]

@@ -1,7 +1,7 @@
-"""A run folder has one owner: a run locks it while it works there, and what it has left is overwritten by no other.
+"""The lock of a run folder: one run works there at a time, and no other overwrites its files.
 
-The lock is a record lock of the kernel on `.lock`, which ends with the process, however that one ends. What the file
-says is for people, and for file systems that several machines share but whose locks they do not.
+The lock is a record lock of the kernel on `.lock`, which ends with the process, however that one ends. The text in
+the file is for people, and for shared file systems on which a lock is not seen by other machines.
 """
 
 import errno
@@ -31,7 +31,7 @@ WRITING_SECONDS = 1.0  # between a lock and the line in its file
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has a folder, as its lock file names it."""
+    """The process that holds a folder, as its lock file names it."""
 
     host: str
     pid: int
@@ -51,14 +51,14 @@ class Holder:
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether it may run on another machine; SLURM starts a job again only after its processes have ended."""
+        """Return whether the process may be alive on another machine; a requeued SLURM job has ended where it was."""
         job, restarts = os.environ.get(JOB), int(os.environ.get(RESTARTS) or 0)
         was_requeued = self.job is not None and self.job == job and self.restarts < restarts
         return self.host != socket.gethostname() and not was_requeued
 
     @property
     def is_alive(self) -> bool:
-        """Whether a process of this machine still is the one that wrote this."""
+        """Return whether the process still runs on this machine, and is not another one with the same number."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -69,9 +69,9 @@ class Holder:
 
 
 def require_unused(folder: Path, task: str, *, may_begin_again: bool = False, is_trial: bool = False) -> None:
-    """Raise `ConfigError` if a run of this task would overwrite what another has left in the folder.
+    """Raise `ConfigError` if a run of this task would overwrite files of another in the folder.
 
-    `may_begin_again`: a run that ended before its first checkpoint is overwritten, as nothing goes on from it.
+    `may_begin_again`: a run that ended before its first checkpoint is overwritten, as nothing can resume from it.
     `is_trial`: the folder is that of a sweep's trial.
     """
     if task in GOES_ON and (folder / GOES_ON[task]).is_file():
@@ -96,10 +96,10 @@ def require_unused(folder: Path, task: str, *, may_begin_again: bool = False, is
 
 @contextmanager
 def locked(folder: Path, check: Callable[[], None] | None = None) -> Iterator[None]:
-    """Within, no other run works in the folder; `check` is called once that is sure.
+    """Keep other runs out of the folder inside the block; `check` is called once that is sure.
 
     Raises:
-        ConfigError: one does; says which.
+        ConfigError: another run works in the folder; says which.
         EspalierError: the lock cannot be written.
     """
     path = folder / LOCK
@@ -120,7 +120,7 @@ def locked(folder: Path, check: Callable[[], None] | None = None) -> Iterator[No
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether a run works in the folder now, here or as far as can be told on another machine."""
+    """Return whether a run works in the folder now, here or, as far as can be told, on another machine."""
     path = folder / LOCK
     try:
         descriptor = os.open(path, os.O_RDWR)
@@ -138,7 +138,7 @@ def is_in_use(folder: Path) -> bool:
 
 
 def _locked(path: Path) -> int:
-    """Return the open file of the lock, once this process holds it."""
+    """Lock the file, write this process into it, and return its descriptor."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -183,7 +183,7 @@ def _require_free(path: Path, descriptor: int) -> None:
 
 
 def _holder(descriptor: int, seconds: float = 0.0) -> Holder | None:
-    """Return what the file says, waiting for that; None where it says nothing that can be read."""
+    """Return the process that the lock file names; wait for it to be written, None if it cannot be read."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -205,7 +205,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _clock(pid: int) -> int | None:
-    """Return field 22 of proc(5)'s stat, in ticks; None outside of Linux."""
+    """Return the start time of a process: field 22 of proc(5)'s stat, in ticks; None outside of Linux."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

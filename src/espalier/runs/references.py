@@ -1,4 +1,7 @@
-"""What RUN means: which folder, checkpoint or bundle. Standard library alone, so a misspelt one is answered at once."""
+"""Find the folder, checkpoint or bundle that a RUN on the command line names.
+
+Standard library alone, so a misspelt one is answered at once.
+"""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ CHANGES = re.compile(r"\$\{(?!oc\.env:)")  # from start to start, or with other 
 
 
 def split(source: str) -> list[str]:
-    """Return the RUNs of `A,B,C`; a path that exists is one, commas and all."""
+    """Return the RUNs of `A,B,C`; a path that exists is one RUN, even with commas in it."""
     pieces, found = source.split(","), []
     while pieces:
         ends = [end for end in range(len(pieces), 1, -1) if Path(at_home(",".join(pieces[:end]))).exists()]
@@ -24,7 +27,7 @@ def split(source: str) -> list[str]:
 
 
 def find(key: str, run: str, holds: str | Path = CHECKPOINTS) -> Path:
-    """Return the run folder or checkpoint that `run` names; `latest` is the newest finished run in which `holds` lies.
+    """Return the run folder or checkpoint that `run` names; `latest` is the newest finished run with a file `holds`.
 
     `best` is the finished training below `logs/` with the best validation metric.
 
@@ -60,10 +63,12 @@ def _best(key: str, holds: str | Path) -> Path:
 
 
 def begun(words: Sequence[str]) -> Path | None:
-    """Return what `resume=auto` stands for: the folder of `hydra.run.dir` if it can go on, None if all begins there.
+    """Return the folder to resume for `resume=auto`, or None if the run is new.
+
+    That is the folder of `hydra.run.dir`, if it can be resumed.
 
     Raises:
-        ConfigError: the words name no such folder, or make it of other things than the environment.
+        ConfigError: the words name no such folder, or build its name from more than the environment.
     """
     from omegaconf import OmegaConf  # here, as listing runs takes neither it nor Hydra
     from omegaconf.errors import OmegaConfBaseException
@@ -84,12 +89,12 @@ def begun(words: Sequence[str]) -> Path | None:
 
 
 def bundle_in(path: Path) -> Path | None:
-    """Return the folder of the bundle that a path stands for: itself, or that of a run that exported; else None."""
+    """Return the folder of the bundle at a path: the path itself, or that in a run that exported; else None."""
     return next((file.parent for file in (path / BUNDLE.name, path / BUNDLE) if file.is_file()), None)
 
 
 def checkpoint_in(key: str, path: Path, names: Sequence[str]) -> Path:
-    """Return the first of `names` among the checkpoints of a run folder; a file stands for itself.
+    """Return the first of `names` among the checkpoints of a run folder; the path of a file is returned as it is.
 
     Raises:
         ConfigError: the folder holds none of them.

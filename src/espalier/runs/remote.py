@@ -1,6 +1,6 @@
-"""A checkpoint at an address, copied to this machine before anything looks into it.
+"""Copy a checkpoint from an address to this machine before anything reads it.
 
-The address names one file. It is fetched anew each time, into the same place, through fsspec, and then it is a file
+The address names one file. It is fetched anew each time, into the same place, through fsspec. From then on it is a file
 like any other: `archive.py` and `torch.load(weights_only=True)` judge it.
 """
 
@@ -27,10 +27,10 @@ PATIENCE = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)  # s
 
 
 def fetch(key: str, url: str, max_bytes: int = MAX_BYTES) -> Path:
-    """Fetch a copy of the file at `url`, whole; beside it the list of hashes that lies beside the original, if any.
+    """Copy the file at `url` to this machine, whole, with the list of hashes beside it, if there is one.
 
     Raises:
-        ConfigError: it cannot be had, or is larger than `max_bytes`; the message starts with `key`.
+        ConfigError: it cannot be fetched, or is larger than `max_bytes`; the message starts with `key`.
     """
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES or "::" in url:
@@ -53,14 +53,14 @@ def fetch(key: str, url: str, max_bytes: int = MAX_BYTES) -> Path:
 
 
 class TooLargeError(Exception):
-    """More bytes than are wanted."""
+    """A file with more bytes than are allowed."""
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(f"it is larger than {max_bytes / 1e9:.1f} GB")
 
 
 class _Limit(Callback):
-    """Watches a copy grow, and ends it where it grows too large."""
+    """Watches the progress of a copy, and ends it once it is too large."""
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Limit(Callback):
 
 
 def _copy(url: str, target: Path, max_bytes: int) -> None:
-    """All or nothing."""
+    """Copy the file at `url` whole, or leave nothing; raise `TooLargeError` if it has more than `max_bytes`."""
     options: dict[str, Any] = {"skip_instance_cache": True}
     if url.startswith("http"):
         options |= {"client_kwargs": {"timeout": PATIENCE, "trust_env": True}}

@@ -1,4 +1,4 @@
-"""What lies in a run folder, by name."""
+"""The names of the files in a run folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a che
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run; the names of what lies in it stand here alone."""
+    """The folder of one run; it alone knows the names of the files in it."""
 
     path: Path
 
     @classmethod
     def of(cls, path: Path) -> "RunFolder":
-        """Return the folder that a file of a run or an exported bundle belongs to; another folder is itself."""
+        """Return the folder that a file of a run, or an exported bundle, belongs to; any other folder stays itself."""
         if path.is_dir():
             is_bundle = path.name == BUNDLE.parent.name and (path / BUNDLE.name).is_file()
             return cls(path.parent if is_bundle else path)
@@ -36,42 +36,42 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """What it measured; written last."""
+        """Return the file of the measurements, which is written last."""
         return self.path / "report.json"
 
     @property
     def config(self) -> Path:
-        """The configuration that it was made of."""
+        """Return the file of the run's configuration."""
         return self.path / "config.yaml"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of its checkpoints."""
+        """Return the folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
     def last(self) -> Path:
-        """What it resumes from."""
+        """Return the checkpoint that the run resumes from."""
         return self.checkpoints / LAST
 
     @property
     def compressed(self) -> Path:
-        """Its best checkpoint after the methods that work on a trained network."""
+        """Return the best checkpoint after the methods that work on a trained network."""
         return self.checkpoints / COMPRESSED
 
     @property
     def can_go_on(self) -> bool:
-        """Whether it holds a checkpoint to resume from."""
+        """Return whether there is a checkpoint to resume from."""
         return any((self.checkpoints / name).is_file() for name in RESUMED)
 
 
 def from_here(folder: Path) -> Path:
-    """Return the folder as a line names it: from the current one on, where it lies below."""
+    """Return the folder as it is printed: relative to the current one if it lies below."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def best_in(checkpoints: Path) -> Path | None:
-    """Return the best checkpoint of a folder, as recorded when it was saved; None where none is known."""
+    """Return the best checkpoint of a folder, as recorded when it was saved; None if none is recorded."""
     record = checkpoints / BEST
     named = Path(record.read_bytes()[:MAX_NAME].decode(errors="replace").strip() if record.is_file() else UNRECORDED)
     inside = named.name if named.is_absolute() or ".." in named.parts else named

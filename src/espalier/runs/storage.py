@@ -1,8 +1,8 @@
-"""How a checkpoint reaches a disk or a bucket whole, and how a damaged one is recognised.
+"""Write a checkpoint to a disk or a bucket whole, and recognise a damaged one.
 
 A file is written under a hidden name in its own folder, synced and renamed, so a crash leaves the old one or the new
-one. `SHA256SUMS` beside the files holds the hash of each; `sha256sum -c SHA256SUMS` checks them by hand. While the next
-file moves in, the next list lies beside the present one, so at every moment the file that is there is in one of them.
+one. `SHA256SUMS` beside the files holds the hash of each; `sha256sum -c SHA256SUMS` checks them by hand. While a new
+file replaces an old one, the new list lies beside the old list, so at every moment one of them has the file's hash.
 """
 
 import errno
@@ -27,7 +27,7 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Folder:
-    """A folder of checkpoints that this process writes; nobody else does."""
+    """A folder of checkpoints that no process but this one writes."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class Folder:
         self.sums = {name: value for name, value in found.items() if value in known}  # what is whole
 
     def write(self, content: Any, name: str, keep: str | None = None) -> None:
-        """Save with `torch.save`, all or nothing; a whole file that stood there goes on under the name `keep`.
+        """Save with `torch.save`, all or nothing; a whole file that was there is kept under the name `keep`.
 
         Raises:
             OSError: there is not enough room, or no permission; what was there before is whole.
@@ -74,7 +74,7 @@ class Folder:
             draft.unlink(missing_ok=True)
 
     def record_best(self, name: str | None) -> None:
-        """Write down which file is the best, all or nothing; None: there is none any more."""
+        """Record which file is the best, all or nothing; None means that there is none any more."""
         record = self.path / BEST
         draft_of(record).unlink(missing_ok=True)  # what a kill left
         if name is None:
@@ -86,7 +86,7 @@ class Folder:
             draft_of(record).replace(record)
 
     def _move_in(self, target: Path, sha256: str, keep: str | None) -> None:
-        """Rename the new file, with its hash on disk before and the new list in place after."""
+        """Rename the new file into place; its hash is on disk before, and the new list in place after."""
         if keep and target.name in self.sums and target.exists():
             kept = self.path / keep
             try:
@@ -117,7 +117,7 @@ class Folder:
 
 
 def remove(path: Path) -> None:
-    """Delete a file of a folder of checkpoints, and then its line in the list."""
+    """Delete a file of a folder of checkpoints, then its line in the list."""
     path.unlink(missing_ok=True)
     sums = path.with_name(SUMS)
     if sums.is_file():
@@ -129,18 +129,18 @@ def remove(path: Path) -> None:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether the file is not what was written there; one whose hash nobody wrote down is not."""
+    """Return whether the file differs from its recorded hash; a file without one counts as undamaged."""
     names, known = _recorded(path.parent)
     return path.name in names and sha256(path) not in known
 
 
 def snapshot(content: Any) -> Any:
-    """Return a copy on the CPU that training cannot change any more."""
+    """Return a copy on the CPU, which training cannot change any more."""
     return tree_map_only(Tensor, lambda value: value.detach().to("cpu", copy=True), content)
 
 
 class Mirror:
-    """A folder anywhere that fsspec reaches (`s3://`, `gs://`, `file://`, ...), with copies of what is saved."""
+    """A remote folder with copies of what is saved, anywhere that fsspec reaches (`s3://`, `gs://`, `file://`, ...)."""
 
     def __init__(self, address: str) -> None:
         """Raise `ConfigError` if nothing handles such an address, or the package that does is missing."""
@@ -150,13 +150,13 @@ class Mirror:
             raise ConfigError(f"callbacks.checkpoint.mirror={address}: {error}") from error
 
     def copy(self, path: Path) -> None:
-        """Copy a file, and note its hash; a `last.ckpt` that is there already becomes the previous one.
+        """Copy a file and record its hash; a `last.ckpt` that is there already becomes the previous one.
 
-        The list holds the hashes of what is there, and while a file moves in that of the next one too: whatever is cut
-        off, and whichever file of the folder never arrived, what lies there can be checked.
+        The list holds the hashes of the files that are there, and while a file is replaced that of the next one too. So
+        after an interruption, or if a file never arrived, what is there can be checked.
 
         Raises:
-            Exception: whatever the file system has to say.
+            Exception: an error of the file system.
         """
         self.files.makedirs(self.root, exist_ok=True)
         there, draft = f"{self.root}/{path.name}", f"{self.root}/{draft_of(path).name}"
@@ -176,7 +176,7 @@ class Mirror:
         self._write_list({(name, value) for name, value in listed if name not in replaced} | new)
 
     def remove(self, name: str) -> None:
-        """Delete a file that others have replaced, and its line in the list; raise as `copy` does."""
+        """Delete a file that was replaced, and its line in the list; raise as `copy` does."""
         if self.files.exists(f"{self.root}/{name}"):
             self.files.rm(f"{self.root}/{name}")
         listed = self._list()
@@ -197,19 +197,19 @@ class Mirror:
 
 
 def _lines(text: str) -> list[tuple[str, str]]:
-    """Names and hashes of a list."""
+    """Return the pairs (name, hash) of a list."""
     return [(line.partition("  ")[2], line.partition("  ")[0]) for line in text.splitlines()]
 
 
 def _recorded(folder: Path) -> tuple[set[str], set[str]]:
-    """Names and hashes in the list of the folder, and in the next list, which a crash has left."""
+    """Return the names and hashes in the list of the folder, and in the draft of a list that a crash left."""
     files = [file for file in (folder / SUMS, draft_of(folder / SUMS)) if file.is_file()]
     lines = [line for file in files for line in _lines(file.read_text(encoding="utf-8"))]
     return {name for name, _ in lines}, {value for _, value in lines}
 
 
 class _Hashed:
-    """A file that knows the hash of what was written to it, so that it need not be read again."""
+    """A file that hashes what is written to it, so that it need not be read again."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -224,7 +224,7 @@ class _Hashed:
 
 
 def _require_room(content: Any, target: Path) -> None:
-    """Fail before the first byte, where a full disk can be foreseen."""
+    """Raise an error before the first byte is written if the disk has too little room."""
     storages = {leaf.untyped_storage().data_ptr(): leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)}
     needed = sum(leaf.untyped_storage().nbytes() for leaf in storages.values())
     free = shutil.disk_usage(target.parent).free

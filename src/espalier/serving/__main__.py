@@ -25,7 +25,7 @@ from espalier.serving.settings import Settings
 
 
 def main() -> int:
-    """Serve; the exit code."""
+    """Serve until a signal comes; return the exit code."""
     settings = Settings.from_words(sys.argv[1:])
     try:
         require_names(settings.hosts)
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def run(settings: Settings, name: str, listening: socket.socket) -> int:
-    """Serve on the socket until a signal comes; the exit code."""
+    """Serve on the socket until a signal comes; return the exit code."""
     host, port = listening.getsockname()[:2]
     ready = f"serving {CONTROL.sub('?', name)} on http://{f'[{host}]' if ':' in host else host}:{port}"
     config = uvicorn.Config(

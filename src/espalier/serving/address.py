@@ -1,4 +1,4 @@
-"""The address that a server listens on. Standard library alone, so that a task checks it without the server."""
+"""The address that a server listens on. Standard library alone, so that a task can check it without the server."""
 
 import socket
 
@@ -8,7 +8,7 @@ BACKLOG = 2048  # connections that the kernel holds until they are accepted
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that takes connections already, so that nobody is turned away while the workers start.
+    """Return a listening socket, so that connections wait while the workers start.
 
     Raises:
         ConfigError: the address is not one of this machine, or is taken.

@@ -62,7 +62,7 @@ logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what is wron
 
 
 class Reply(NamedTuple):
-    """What a route answers."""
+    """The answer of a route: status, content type and body."""
 
     status: int
     kind: str  # content type
@@ -70,7 +70,7 @@ class Reply(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the network says about one sample."""
+    """The answer of the network for one sample."""
 
     values: list[float]  # K probabilities, or the one value of a regression
     best: int  # place of the largest
@@ -78,7 +78,7 @@ class Row(NamedTuple):
 
 
 def leave_soon() -> None:
-    """End the process with exit code 0 in `LEAVE_S`, whatever thread hangs in it then."""
+    """End the process with exit code 0 after `LEAVE_S`, whatever its threads do then."""
 
     def leave() -> None:
         time.sleep(LEAVE_S)
@@ -88,10 +88,10 @@ def leave_soon() -> None:
 
 
 class App:
-    """One worker: its network, its queue, its routes."""
+    """The application of one worker: its network, its queue, its routes."""
 
     def __init__(self, settings: Settings, ready: str, at_end: Callable[[], None] = lambda: None) -> None:
-        """`ready` is printed once requests can be answered; `at_end` is called when all of them are."""
+        """Take `ready`, the line printed once requests can be answered, and `at_end`, called when all of them are."""
         self.settings = settings
         self.hosts = Hosts(settings.host, settings.hosts)
         self.is_stopping = False
@@ -107,7 +107,7 @@ class App:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or start and stop."""
+        """Answer one request, or handle the start or stop of the server."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
@@ -132,7 +132,7 @@ class App:
 
     @staticmethod
     def headers(route: str, status: int, kind: str, method: str) -> list[tuple[bytes, bytes]]:
-        """Of an answer, beside its length; `kind` is the content type, `method` the one that the route takes."""
+        """Return the headers of an answer except its length; `kind` is its content type, `method` the one allowed."""
         headers = [(b"content-type", kind.encode()), NOT_SNIFFED]
         if status == 405:
             headers.append((b"allow", method.encode()))
@@ -143,14 +143,14 @@ class App:
         return headers
 
     def failure(self, route: str, error: Exception) -> Reply:
-        """Return what a client is told of an error; what is the server's own fault goes to its log."""
+        """Return the answer to an error; errors of the server itself go to its log."""
         if isinstance(error, RequestError):
             return Reply(error.status, JSON, orjson.dumps({"error": error.message}))
         log.error("%s failed", route, exc_info=error)
         return Reply(500, JSON, b'{"error":"the server failed; its log says why"}')
 
     async def predict(self, scope: Scope, receive: Receive) -> Reply:
-        """Label and probabilities of each sample; of a regression its value."""
+        """Answer with label and probabilities of each sample, or with its value for a regression."""
         raw = await self.intake.samples(scope, receive)
         began = time.perf_counter()
         rows = await patiently(self._outcome(raw), receive, self.settings.time_limit_s)
@@ -159,15 +159,15 @@ class App:
         return reply
 
     def predictions(self, rows: list[Row]) -> bytes:
-        """Return the body of the answer that says so.
+        """Return the body of an answer to /predict.
 
         Raises:
-            RequestError: the output is not finite.
+            RequestError: an output is not finite.
         """
         return orjson.dumps({"predictions": [self._described(row) for row in rows]})
 
     async def explain(self, scope: Scope, receive: Receive) -> Reply:
-        """Return the prediction of one sample, and how far its output falls where a part of the sample is covered."""
+        """Answer with the prediction of one sample, and how far its output falls when a part of it is covered."""
         raw = await self.intake.samples(scope, receive)
         if len(raw) != 1:
             raise RequestError(422, f"{len(raw)} samples in the request; /explain takes one")
@@ -179,22 +179,22 @@ class App:
         return Reply(200, JSON, orjson.dumps({"prediction": prediction, "heat_map": heat, "image": picture}))
 
     async def health(self, scope: Scope, receive: Receive) -> Reply:
-        """200 while it takes requests."""
+        """Answer 200 while the server takes requests, 503 once it stops."""
         if self.is_stopping:
             raise RequestError(503, "the server stops; it finishes what it has accepted")
         return Reply(200, JSON, b'{"status":"ok"}')
 
     async def info(self, scope: Scope, receive: Receive) -> Reply:
-        """Say what is served: shapes, classes, files with their sha256, parity, versions; no path of this machine."""
+        """Answer with what is served: shapes, classes, files with their sha256, parity, versions; no local path."""
         limits = {"samples": self.settings.queue, "body_bytes": self.intake.max_bytes}
         return Reply(200, JSON, orjson.dumps(self.predictor.public | {"limits": limits}))
 
     async def metrics_text(self, scope: Scope, receive: Receive) -> Reply:
-        """Numbers for Prometheus."""
+        """Answer with the metrics in the format of Prometheus."""
         return Reply(200, CONTENT_TYPE, self.metrics.text())
 
     async def page(self, path: str, scope: Scope, receive: Receive) -> Reply:
-        """Return the web page."""
+        """Answer with the web page."""
         _, kind = PAGE[path]
         return Reply(200, f"{kind}; charset=utf-8", self._page[path])
 
@@ -229,12 +229,15 @@ class App:
         return self.batcher.rows(raw)
 
     def _covered(self, raw: Array) -> tuple[NDArray[np.bool_], Array, str | None]:
-        """Return what /explain needs of a sample (1, ...): masks, the sample with its covered copies, its picture."""
+        """Return what /explain needs for a sample (1, ...): masks, the sample with its covered copies, its picture."""
         copies, masks = occlusion.covered(self.predictor.spec, raw[0])
         return masks, np.concatenate([raw, copies]), self._picture(raw[0])
 
     def _rows(self, raw: Array) -> list[Row]:
-        """Return what the thread of the batcher runs; all that can be done for a whole batch is done here."""
+        """Return the rows of a batch, with everything done that can be done for a whole batch.
+
+        This runs in the thread of the batcher.
+        """
         values_BK = self.predictor.predict(raw)
         is_finite = np.logical_and.reduce(np.isfinite(values_BK), axis=1).tolist()
         values = np.round(values_BK.astype(np.float64), DIGITS).tolist()
@@ -242,7 +245,7 @@ class App:
         return [Row(*each) for each in zip(values, best, is_finite, strict=True)]
 
     def _described(self, row: Row) -> dict[str, Any]:
-        """Return what a client reads of a sample.
+        """Return the JSON part for one sample.
 
         Raises:
             RequestError: the output is not finite.
@@ -252,7 +255,7 @@ class App:
         return self.predictor.kind.reply(row.values, row.best)
 
     def _picture(self, raw: Array) -> str | None:
-        """Return what the network saw, as a PNG in base64; None where it is no picture."""
+        """Return the picture that the network saw, as a PNG in base64; None if it is no picture."""
         spec = self.predictor.spec
         if not spec.is_image or spec.shape[0] not in (1, 3):
             return None

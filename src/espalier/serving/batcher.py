@@ -30,20 +30,23 @@ log = logging.getLogger("espalier.serving")
 
 
 class Waiter(Protocol[Row]):
-    """Who gets the rows of a request; futures are some."""
+    """Receives the rows of one request; an asyncio future is a Waiter."""
 
     def done(self) -> bool:
-        """Whether the rows are not wanted any more."""
+        """Return whether the rows are not wanted any more."""
 
     def set_result(self, rows: list[Row], /) -> None:
         """Take the rows."""
 
     def set_exception(self, error: Exception, /) -> None:
-        """There are none."""
+        """Take the error in place of the rows."""
 
 
 class Batcher(Generic[Row]):
-    """Gives raw samples (n, ...) to `run`, up to `max_batch` at once; it returns one row for each."""
+    """Collects raw samples (n, ...) of requests and calls `run` on up to `max_batch` at once.
+
+    `run` returns one row per sample.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class Batcher(Generic[Row]):
         interrupt: Callable[[], None] = lambda: None,
         interrupt_after_s: float = math.inf,
     ) -> None:
-        """`observe` is told the size of every batch; `interrupt` makes a `run` that takes too long raise."""
+        """Take `observe`, which is told the size of every batch, and `interrupt`, which makes a slow `run` raise."""
         self.max_batch = max_batch
         self.queue = queue
         self.num_waiting = 0  # samples in the queue
@@ -72,7 +75,7 @@ class Batcher(Generic[Row]):
         self._thread.start()
 
     def submit(self, raw: Array) -> "asyncio.Future[list[Row]]":
-        """Return the rows of up to `max_batch` samples; if the future is cancelled in time they are not run.
+        """Queue up to `max_batch` samples and return a future of their rows; cancelled in time, they are not run.
 
         Raises:
             RequestError: the queue is full.
@@ -82,7 +85,7 @@ class Batcher(Generic[Row]):
         return future
 
     def enqueue(self, raw: Array, waiter: Waiter[Row]) -> None:
-        """Have up to `max_batch` samples run, unless the waiter is done before; it gets the rows, or an error.
+        """Queue up to `max_batch` samples; the waiter gets the rows or an error, unless it is done before.
 
         Raises:
             RequestError: the queue is full.
@@ -96,10 +99,10 @@ class Batcher(Generic[Row]):
             self._loop.call_soon(self._dispatch)  # after the other requests that came at the same moment
 
     def rows(self, raw: Array) -> "asyncio.Future[list[Row]]":
-        """Return the rows of any number of samples, batch after batch.
+        """Run any number of samples, batch after batch, and return a future of their rows.
 
         Raises:
-            RequestError: too many samples are held by such requests.
+            RequestError: requests of this kind hold too many samples already.
         """
         if self._num_long and self._num_long + len(raw) > LONG * self.queue:
             raise RequestError(503, f"overloaded: {self._num_long} samples of long requests wait; try again")
@@ -109,7 +112,7 @@ class Batcher(Generic[Row]):
         return rows
 
     def stop(self) -> None:
-        """End the thread after its present batch, which is interrupted where that takes too long."""
+        """End the thread after its present batch, which is interrupted if it takes too long."""
         self._jobs.put(None)
         self._thread.join(STOP_S)
         if self._thread.is_alive():
@@ -124,7 +127,7 @@ class Batcher(Generic[Row]):
         self._num_long -= num_samples
 
     def _dispatch(self) -> None:
-        """Hand the thread as much of the queue as fits a batch, less what nobody waits for any more."""
+        """Give the thread as much of the queue as fits a batch, without samples that nobody waits for any more."""
         batch = []
         size = 0
         while self._waiting and size + len(self._waiting[0][0]) <= self.max_batch:
@@ -141,7 +144,7 @@ class Batcher(Generic[Row]):
             self._observe(size)
 
     def _give_up(self) -> None:
-        """Interrupt the present batch, and again until it ends: the thread may not have begun it."""
+        """Interrupt the present batch, repeatedly until it ends: the thread may not have begun it."""
         self._interrupt()
         self._timer = self._loop.call_later(STOP_S, self._give_up)
 

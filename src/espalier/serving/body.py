@@ -1,4 +1,4 @@
-"""The body of a request, read within a limit of bytes, whatever the client claims; `protocol.py` limits its time."""
+"""Read the body of a request within a limit of bytes, whatever the client claims; `protocol.py` limits its time."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -12,7 +12,7 @@ BODIES = 8  # of the largest allowed size, that may be held at once while they c
 
 
 class BodyReader:
-    """Reads bodies of up to `max_bytes`, and holds `BODIES` times as much at once."""
+    """Reads bodies of up to `max_bytes` each, and of `BODIES` times as much together."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -22,7 +22,7 @@ class BodyReader:
     async def body(self, declared: bytes, receive: Receive) -> AsyncIterator[bytes]:
         """Read a whole body; it counts as held until the block ends.
 
-        `declared` is the header `content-length`, empty where there is none.
+        `declared` is the header `content-length`, empty if there is none.
 
         Raises:
             RequestError: it is too long (413), or too many others are held (503).

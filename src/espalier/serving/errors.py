@@ -1,4 +1,4 @@
-"""Why a request gets no prediction, as the client is told."""
+"""Errors that end a request without a prediction."""
 
 
 class RequestError(Exception):

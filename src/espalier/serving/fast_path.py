@@ -1,8 +1,8 @@
-"""The short way of a small JSON request to `/predict`, beside the ASGI application.
+"""A faster way for small JSON requests to `/predict`, around the ASGI application.
 
-uvicorn gives each request a task, an event, messages and lists of headers. That is what an application needs that reads
-and writes piece by piece; here a whole body comes in and one answer goes out. What the short way cannot do, it leaves
-to the ordinary one, before it has answered anything: `protocol.py` decides.
+uvicorn gives each request a task, an event, messages and lists of headers. An application that reads and writes piece
+by piece needs them; here a whole body comes in and one answer goes out. `protocol.py` decides which requests come here,
+and hands all others to the ordinary way before anything is answered.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ ROUTE = "/predict"
 
 
 class Quick:
-    """A request that waits for its rows in the batcher; to uvicorn it looks like a cycle of its own."""
+    """A request that waits for its rows in the batcher; uvicorn treats it as a request cycle of its own."""
 
     message_event = asyncio.Event()  # uvicorn sets it to wake an application; here nobody waits
     response_started = response_complete = disconnected = False
 
     def __init__(self, protocol: Any, keep_alive: bool) -> None:
-        """`protocol` is the connection; uvicorn sets `keep_alive` to False when it stops."""
+        """Take the connection as `protocol`; uvicorn sets `keep_alive` to False when it stops."""
         self.keep_alive = keep_alive
         self._protocol = protocol
         self._app: App = protocol.app
@@ -35,7 +35,7 @@ class Quick:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, body: bytes) -> bool:
-        """Read the samples and queue them; False if they must take the ordinary way."""
+        """Read the samples and queue them; return False if the request must take the ordinary way."""
         loop = self._protocol.loop
         try:
             raw = self._app.intake.at_once(body)
@@ -49,7 +49,7 @@ class Quick:
         return True
 
     def done(self) -> bool:
-        """Whether nobody waits any more."""
+        """Return whether nobody waits any more."""
         return self.response_complete or self.disconnected
 
     def set_result(self, rows: list[Row]) -> None:
@@ -63,7 +63,7 @@ class Quick:
         self._app.metrics.latency(time.perf_counter() - self._began)
 
     def set_exception(self, error: Exception) -> None:
-        """Answer with what went wrong."""
+        """Answer with the error."""
         if not self.done():
             reply = self._app.failure(ROUTE, error)
             self._answer(reply.status, reply.body)

@@ -1,7 +1,7 @@
-"""The names by which a server may be asked, so that a web page cannot read it by a name of its own.
+"""Check the Host of each request, so that a web page cannot read the server under a name of its own.
 
-The owner of a page can let its name stand for 127.0.0.1 (DNS rebinding); the browser of a visitor then hands the page
-what our server answers. What gives it away is the header Host, which has the name of the page.
+The owner of a page can let its name point to 127.0.0.1 (DNS rebinding). The browser of a visitor then gives the page
+whatever our server answers. Such a request is recognised by its header Host, which has the name of the page.
 """
 
 import ipaddress
@@ -21,10 +21,10 @@ MAX_SEEN = 100  # values of a header that are known to be allowed
 
 
 class Hosts:
-    """Judges the Host of a request, with any port."""
+    """Decides by its Host whether a request is meant for this server; any port will do."""
 
     def __init__(self, bound: str, allowed: Sequence[str]) -> None:
-        """`bound` is the address that the server listens on, `allowed` are further names; `*` allows all."""
+        """Take the address `bound` that the server listens on, and further names in `allowed`; `*` allows all."""
         self._allows_all = ALL in allowed
         self._names = {name.lower().removesuffix(".").encode() for name in (*OWN, *allowed)}
         self._allows_addresses = _is_every(bound)
@@ -35,7 +35,7 @@ class Hosts:
         self._seen: set[bytes] = set()
 
     def problem(self, version: str, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str] | None:
-        """Return status and sentence of a refusal, or None where the request is meant for us."""
+        """Return status and sentence of a refusal, or None if the request is meant for this server."""
         hosts = [value for name, value in headers if name == b"host"]
         if version not in VERSIONS:
             return 400, "HTTP 1.0 and 1.1 are spoken here"
@@ -73,7 +73,7 @@ def _is_every(bound: str) -> bool:
 
 
 def _is_address(name: bytes) -> bool:
-    """Whether it is an address in figures; no page can make one stand for another."""
+    """Return whether the name is an IP address, which a web page cannot redirect as it can a name."""
     try:
         ipaddress.ip_address(name.strip(b"[]").decode("latin-1"))
     except ValueError:

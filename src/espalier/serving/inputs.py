@@ -1,4 +1,4 @@
-"""From the body of a request to raw samples, or to one sentence that says what is wrong with it.
+"""Turn the body of a request into raw samples, or into one sentence that says what is wrong with it.
 
 Nothing of a request is executed, opened as a path or fetched: numbers come as JSON, pictures as their bytes.
 Letters: B batch.
@@ -50,7 +50,7 @@ def from_json(body: bytes) -> list[Any]:
     """Return the items of `{"inputs": [...]}`.
 
     Raises:
-        RequestError: the body is something else.
+        RequestError: the body is not of this form.
     """
     try:
         content = orjson.loads(body)
@@ -64,7 +64,7 @@ def from_json(body: bytes) -> list[Any]:
 
 
 def require_count(num_samples: int, most: int) -> None:
-    """Raise `RequestError` unless there is at least one sample, and no more than may wait."""
+    """Raise `RequestError` unless there is at least one sample, and no more than the queue can hold."""
     if not num_samples:
         raise RequestError(422, "there is no sample in the request; send at least one")
     if num_samples > most:
@@ -72,14 +72,14 @@ def require_count(num_samples: int, most: int) -> None:
 
 
 def has_pictures(items: Sequence[Any]) -> bool:
-    """Whether an item is an object, and thus no array."""
+    """Return whether an item is an object, that is, a picture and no array."""
     return any(isinstance(item, dict) for item in items)
 
 
 def require_parts(spec: DataSpec, body: bytes, most: int) -> None:
     """Raise `RequestError` if a JSON body has more lists and numbers than `most` samples have.
 
-    Counted in bytes, before it is parsed: eight million bytes of `[],` would become 200 million of objects.
+    They are counted in the bytes, before parsing: eight million bytes of `[],` would become 200 million of objects.
     """
     num_lists = sum(accumulate(spec.shape[:-1], mul, initial=1))
     largest = 2 + most * (math.prod(spec.shape) + num_lists + 2)
@@ -88,9 +88,9 @@ def require_parts(spec: DataSpec, body: bytes, most: int) -> None:
 
 
 def arrays(spec: DataSpec, items: Sequence[Any]) -> Raw:
-    """Raw samples (B, *shape) of nested lists of numbers.
+    """Return raw samples (B, *shape) of nested lists of numbers.
 
-    Lengths and types are judged level by level, and numpy sees numbers alone: of `[["aaa...", ""]]` it would make
+    Lengths and types are checked level by level before numpy sees the numbers: of `[["aaa...", ""]]` it would make
     an array in which every entry is as long as the longest.
 
     Raises:
@@ -111,7 +111,7 @@ def arrays(spec: DataSpec, items: Sequence[Any]) -> Raw:
 
 
 def mixed(spec: DataSpec, items: Sequence[Any]) -> Raw:
-    """Raw samples (B, *shape) of items that are arrays or `{"image": "base64 of a picture file"}`."""
+    """Return raw samples (B, *shape) of items that are arrays or `{"image": "base64 of a picture file"}`."""
     files = [_base64(item, f"inputs[{place}]") for place, item in enumerate(items) if isinstance(item, dict)]
     decoded = iter(pictures(spec, files))
     return np.concatenate([next(decoded)[None] if isinstance(item, dict) else arrays(spec, [item]) for item in items])
@@ -148,7 +148,7 @@ def form(content_type: bytes, body: bytes, most: int) -> list[bytes]:
 
 
 def pictures(spec: DataSpec, files: Sequence[bytes]) -> Raw:
-    """Raw samples (B, *shape) of picture files.
+    """Return raw samples (B, *shape) of picture files.
 
     Raises:
         RequestError: one cannot be read, all together are too large, or the network does not take pictures.
@@ -199,7 +199,7 @@ def _misfit(spec: DataSpec, items: Sequence[Any]) -> RequestError:
 
 
 def _wrong(shape: Sequence[int], item: Any) -> str | None:
-    """Return what is wrong with a sample, visiting no more of it than the shape has."""
+    """Return what is wrong with a sample, reading no more of it than the shape has."""
     level = [item]
     for size in (*shape, None):  # None: of a number
         kinds = set(map(type, level))

@@ -1,4 +1,4 @@
-"""What the server counts, in the text format that Prometheus reads."""
+"""The counters of the server, in the text format that Prometheus reads."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ SHARED = "PROMETHEUS_MULTIPROC_DIR"  # set where several workers add up their nu
 
 
 class Metrics:
-    """Counters of one process, or of all workers where the environment names a folder for them."""
+    """Counters of one process, or of all workers if the environment names a folder for them."""
 
     def __init__(self, num_waiting: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
@@ -35,14 +35,14 @@ class Metrics:
         self._num_waiting = num_waiting
 
     def count(self, route: str, status: int) -> None:
-        """One more request; `route` is one of ours, so that no client makes up names."""
+        """Count one more request; `route` is one of the server's own, so that no client can make up names."""
         key = (route, status)
         if key not in self._by_outcome:
             self._by_outcome[key] = self._requests.labels(route, str(status))
         self._by_outcome[key].inc()
 
     def text(self) -> bytes:
-        """All numbers of now; with several workers the queue is that of the last scrape of each."""
+        """Return all present values; with several workers, the queue is the sum of their last values."""
         self._queue.set(self._num_waiting())
         registry = self._registry
         if SHARED in os.environ:

@@ -1,4 +1,4 @@
-"""Which parts of an input a prediction rests on: cover one after the other and see how far the output falls.
+"""Show which parts of an input a prediction rests on: cover one after the other and see how far the output falls.
 
 Zeiler and Fergus 2014, section 4.2, arxiv.org/abs/1311.2901. It needs no gradient, so it runs in any runtime.
 Letters: N covered copies, C channels, H height, W width, F features.
@@ -13,7 +13,7 @@ STEPS = 8  # windows along a side of an image, each a quarter of the side: they 
 
 
 def covered(spec: DataSpec, raw: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return copies (N, *shape) of a raw sample, each with a part set to the training mean, and which: (N, H, W).
+    """Return copies (N, *shape) of a raw sample, each with a part set to the training mean, and the parts (N, H, W).
 
     Of a tabular sample (F,) copy n lacks feature n, and the parts are (N, F).
     """
@@ -25,13 +25,13 @@ def covered(spec: DataSpec, raw: NDArray[np.float32]) -> tuple[NDArray[np.float3
 
 
 def heat(drops: NDArray[np.float32], masks: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Map (H, W) or (F,): how far the output fell, on average over the copies that lacked this place."""
+    """Return a map (H, W) or (F,): the mean fall of the output over the copies that lack each position."""
     times = masks.sum(axis=0)
     return np.tensordot(drops, masks.astype(np.float32), axes=1) / np.maximum(times, 1)
 
 
 def _windows(height: int, width: int) -> NDArray[np.bool_]:
-    """Windows that reach over the border, so that pixels there are covered as often as those in the middle."""
+    """Return windows that also reach over the border, so that border pixels are covered as often as others."""
     rows, columns = _spans(height), _spans(width)
     return np.array([np.outer(row, column) for row in rows for column in columns])
 

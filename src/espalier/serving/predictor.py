@@ -1,4 +1,4 @@
-"""A bundle that predicts: raw values in, probabilities out, by ONNX Runtime alone.
+"""Predict with a bundle: raw values in, probabilities out, by ONNX Runtime alone.
 
 Letters: B batch, K classes (1 for a regression).
 """
@@ -35,7 +35,7 @@ class Predictor:
     """The network of a bundle, ready to run, one call at a time."""
 
     def __init__(self, folder: Path, threads: int, time_limit_s: float = FIRST_S) -> None:
-        """Read, verify and open the bundle, and let it answer a sample.
+        """Read, verify and open the bundle, and try it on one sample.
 
         Raises:
             ConfigError: the bundle is damaged, holds no ONNX file or one that the runtime cannot open, contradicts
@@ -69,11 +69,14 @@ class Predictor:
             raise ConfigError(f"source={folder}: the network cannot be served: {problem}; export it again")
 
     def interrupt(self) -> None:
-        """Make the call that runs now raise, if a thread is in one."""
+        """Make the present call raise, if a thread is in one."""
         self._running.terminate = True
 
     def predict(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Probabilities (B, K) of raw samples (B, *shape); for a regression the value (B, 1) in the target's unit."""
+        """Return probabilities (B, K) of raw samples (B, *shape).
+
+        A regression gives values (B, 1) in the target's unit.
+        """
         self._running.terminate = False
         x = normalise(self.spec, raw)
         if self.bundle.sample_by_sample:
@@ -86,7 +89,7 @@ class Predictor:
         return self._session.run([OUTPUT], {INPUT: x}, self._running)[0]
 
     def _misfit(self) -> str | None:
-        """Return what is wrong with the names, types and sizes of input and output."""
+        """Return what is wrong with the names, types and sizes of input and output, or None."""
         for given, name, shape in (
             (self._session.get_inputs(), INPUT, self.spec.shape),
             (self._session.get_outputs(), OUTPUT, (self.spec.num_outputs,)),
@@ -101,7 +104,7 @@ class Predictor:
         return None
 
     def _try(self, limit_s: float) -> str | None:
-        """Return what is wrong with the answer to the mean of the training data."""
+        """Return what is wrong with the output for the mean of the training data, or None."""
         mean = np.array(self.spec.mean, dtype=np.float32).reshape(-1, *[1] * (len(self.spec.shape) - 1))
         raw = np.broadcast_to(mean * np.float32(self.spec.scale), (1, *self.spec.shape))
         outcome: list[Any] = []
@@ -130,7 +133,7 @@ class Predictor:
 
 
 def _problem(spec: DataSpec) -> str | None:
-    """Return what no data set can have, so that nothing could be answered."""
+    """Return what is impossible in a spec, so that no request could be answered, or None."""
     if not 1 <= len(spec.shape) <= MAX_SIDES or min(spec.shape) < 1 or math.prod(spec.shape) > MAX_NUMBERS:
         return f"spec.shape: ({_sizes(spec.shape)}) is no shape of a sample"
     for name, values in (("mean", spec.mean), ("std", spec.std)):

@@ -1,9 +1,9 @@
-"""HTTP/1.1 by uvicorn, what it lacks, and the choice of the requests that take a shorter way.
+"""HTTP/1.1 by uvicorn, with limits that it lacks, and a faster way for ordinary requests.
 
 The limits are of the size of a head and of the time that a request may take to come and an answer to be read: a client
 that opens connections and then sends nothing, or one byte a minute, or headers without end, would otherwise be served
 for ever. A request must be meant for us, by its Host, and a client that has ended its side is answered all the same.
-The shorter way is that of `fast_path.py`, for requests that come in one piece with nothing unusual in their heads.
+The faster way is that of `fast_path.py`, for requests that come in one piece with nothing unusual in their heads.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ NO_TUNNEL = "this is no proxy: CONNECT is not allowed"
 
 
 class RefusedError(Exception):
-    """Ends the parsing of a request, which has been refused."""
+    """Stops the parsing of a request that has been refused already."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -83,7 +83,7 @@ class Protocol(HttpToolsProtocol):
             self._be_patient()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Return True, which keeps the way to the client open, while an answer is outstanding."""
+        """Return True, which keeps the connection to the client open, while an answer is outstanding."""
         self._has_eof = True
         if self._is_open and not self._is_over:
             self._refuse(400, "the request ends before it is whole")
@@ -185,9 +185,9 @@ class Protocol(HttpToolsProtocol):
                     self.send_400_response("")
 
     def _without_upgrade(self) -> bytes:
-        """Return the head that has come without its wish for another protocol, which a server may ignore.
+        """Return the head of a request without its wish for another protocol, which a server may ignore.
 
-        A new parser reads it again, and the body behind it: this one takes that for the other protocol.
+        A new parser reads it again, and the body behind it: the present one takes the body for the other protocol.
         """
         kept = [header for header in self.headers if header[0] not in (b"upgrade", b"connection")]
         wishes = b",".join(value.lower() for name, value in self.headers if name == b"connection")
@@ -199,7 +199,7 @@ class Protocol(HttpToolsProtocol):
         return b"\r\n".join([first, *map(b": ".join, kept)]) + END
 
     def _may_be_quick(self) -> bool:
-        """Whether the head is that of a usual request for a prediction, and no answer is outstanding before it."""
+        """Return whether this is a usual prediction request and all earlier ones of the connection are answered."""
         if self.url != QUICK_URL or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
             return False
         if self._num_unanswered or self.flow.write_paused:
@@ -213,7 +213,7 @@ class Protocol(HttpToolsProtocol):
         return kind == QUICK_TYPE and not self.transport.is_closing()
 
     def _begin(self) -> None:
-        """Let uvicorn answer the request whose head is there."""
+        """Let uvicorn answer the request whose head has come."""
         if self._num_unanswered == MAX_UNANSWERED:
             self._stop_parsing(429, f"more than {MAX_UNANSWERED} requests before their answers")
         super().on_headers_complete()
@@ -238,7 +238,7 @@ class Protocol(HttpToolsProtocol):
             self._patience = None
 
     def _stop(self) -> None:
-        """Close a connection on which nobody waits, as the server stops."""
+        """Close a connection without an open request, as the server stops."""
         if self._is_open and not self._is_over and not self._num_unanswered:
             self._refuse(503, "the server stops")
         elif not self._is_over and not self._num_unanswered:
@@ -249,9 +249,9 @@ class Protocol(HttpToolsProtocol):
         raise RefusedError
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer the request that comes in without the application, after those before it, and close.
+        """Refuse the incoming request without the application, after the answers before it, and close.
 
-        Where the application has begun to answer it, only close.
+        If the application has begun to answer it, only close.
         """
         self._is_over = True
         self._held = None
@@ -284,7 +284,7 @@ class Protocol(HttpToolsProtocol):
         self._close_soon()
 
     def _close_soon(self) -> None:
-        """Close once the client has, or in `LINGER_S`."""
+        """Close when the client does, or after `LINGER_S`."""
         if self._has_eof or self.transport.is_closing() or not self.transport.can_write_eof():
             self.transport.close()
             return

@@ -1,4 +1,4 @@
-"""From a request to raw samples: content type, limits, and which work goes to a thread.
+"""Turn a request into raw samples: content type, limits, and which work goes to a thread.
 
 Letters: B batch.
 """
@@ -25,7 +25,7 @@ NUM_THREADS = 2
 
 
 class Intake:
-    """Reads samples of one spec."""
+    """Reads the samples in requests, for a network of one spec."""
 
     def __init__(self, spec: DataSpec, settings: Settings) -> None:
         self.spec = spec
@@ -38,10 +38,10 @@ class Intake:
         self._threads = [ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="intake") for _ in range(2)]
 
     async def samples(self, scope: Message, receive: Receive) -> Raw:
-        """Raw samples (B, *shape), whether they come as JSON, as a form or as a picture file.
+        """Return raw samples (B, *shape), whether they come as JSON, as a form or as a picture file.
 
         Raises:
-            RequestError: nothing of that kind, or damaged, or too much.
+            RequestError: the body is of another type, damaged, or too large.
             ClientGoneError: the connection broke.
         """
         kind = length = b""
@@ -64,10 +64,10 @@ class Intake:
             return await self.aside(self._parse, mime, kind, body, lane=int(has_pictures))
 
     def at_once(self, body: bytes) -> Raw | None:
-        """Raw samples of a JSON body that is read in less than a millisecond; None of others.
+        """Return raw samples of a JSON body that can be read in less than a millisecond, or None for another body.
 
         Raises:
-            RequestError: the body is damaged, or too much.
+            RequestError: the body is damaged, or holds too many samples.
         """
         if len(body) > min(SMALL_BYTES, self.max_bytes):
             return None
@@ -76,14 +76,14 @@ class Intake:
         return None if inputs.has_pictures(items) else inputs.arrays(self.spec, items)
 
     def stop(self) -> None:
-        """End the threads after what they work on; nobody waits for them."""
+        """Tell the threads to end after their present work, without waiting for them."""
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def aside(self, function: Callable[..., T], *arguments: Any, lane: int = 0) -> T:
-        """Run in a thread, so that short requests do not wait for long ones.
+        """Run a function in a thread, so that short requests do not wait for long ones.
 
-        No more than `NUM_THREADS` results are made before somebody takes them: what waits is a body, not its objects.
+        No more than `NUM_THREADS` results exist before they are taken: what waits is a body, not its objects.
 
         Raises:
             RequestError: it took longer than the time limit.

@@ -1,4 +1,4 @@
-"""What a server is told when it starts: on the command line of its process, and in its workers."""
+"""The settings of a server, on the command line of its process and in its workers."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """The knobs of `conf/task/serve.yaml`, beside the bundle."""
+    """The settings of `conf/task/serve.yaml`, except the bundle."""
 
     bundle: Path
     host: str
@@ -33,9 +33,9 @@ class Settings:
 
     @classmethod
     def from_words(cls, words: Sequence[str]) -> "Settings":
-        """Read a command line; one that is wrong ends the process with exit code 2 and the reason.
+        """Read a command line; a wrong one ends the process with exit code 2 and the reason.
 
-        This is how a container starts, which has no YAML: here the knobs have the values of `conf/task/serve.yaml`.
+        A container starts in this way, without YAML: here the settings have the defaults of `conf/task/serve.yaml`.
         """
         parser = argparse.ArgumentParser("python -m espalier.serving", description="Serve an exported bundle over HTTP")
         parser.add_argument("bundle", type=Path, help="folder that holds bundle.json")
@@ -55,7 +55,7 @@ class Settings:
 
 
 class Within:
-    """Whole numbers of a range; argparse names the type in its message."""
+    """A type for argparse: whole numbers of a range; its error message names the range."""
 
     def __init__(self, least: int, most: int) -> None:
         self.least, self.most = least, most

@@ -1,4 +1,4 @@
-"""Waiting for an outcome no longer than it is wanted: until the time limit, or until the client leaves."""
+"""Wait for a result no longer than it is wanted: until the time limit, or until the client leaves."""
 
 import asyncio
 from typing import TypeVar
@@ -11,7 +11,7 @@ WATCH_AFTER_S = 0.05  # most requests end before, and are spared the cost of bei
 
 
 async def patiently(outcome: "asyncio.Future[T]", receive: Receive, time_limit_s: float) -> T:
-    """Return the outcome; if nobody wants it any more it is cancelled, which takes it out of the queue.
+    """Wait for the result and return it; cancel it, which takes it out of the queue, if nobody wants it any more.
 
     Raises:
         RequestError: it took longer than `time_limit_s`.
@@ -32,7 +32,7 @@ async def patiently(outcome: "asyncio.Future[T]", receive: Receive, time_limit_s
 
 
 def too_late(time_limit_s: float) -> RequestError:
-    """Return what a client is told whose answer did not come in time."""
+    """Return the error for a client whose answer did not come in time."""
     return RequestError(504, f"no answer within {time_limit_s:g} s; the server is too busy")
 
 

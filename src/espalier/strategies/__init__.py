@@ -1,1 +1,1 @@
-"""How training is spread over devices: strategies, precision, cluster environments."""
+"""Lightning's strategies, precision and cluster environments, as this project needs them."""

@@ -1,4 +1,4 @@
-"""What processes ask each other in every step, without one that waits for the others."""
+"""Ask all processes a question in every step, without making one wait for the others."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class SumOverRanks:
-    """Begins to add up a tensor over all processes; each of them must begin the same sums in the same order."""
+    """Starts to add up a tensor over all processes; each of them must start the same sums in the same order."""
 
     def __init__(self, value: Tensor) -> None:
         self._sum = value.detach().clone()
@@ -20,15 +20,15 @@ class SumOverRanks:
 
 
 class Question:
-    """Whether something is so in any process; all of them ask at the same moments, and are told the same."""
+    """Tells all processes whether something is so in any of them; all must ask at the same moments."""
 
     def __init__(self) -> None:
         self._asked: SumOverRanks | None = None  # how many of them said yes, the last time
 
     def ask(self, is_so: bool, device: torch.device, *, waits: bool) -> bool:
-        """Return the answer to the question before, which has crossed the network meanwhile, so that nobody waits.
+        """Ask a question and return the answer to the one before, which has arrived meanwhile.
 
-        With `waits` it is that to this question, too. After a yes nothing is on its way.
+        With `waits`, wait for the answer to this question as well. After a yes, no question is pending.
         """
         if self.settle():
             return True
@@ -36,11 +36,11 @@ class Question:
         return waits and self.settle()
 
     def settle(self) -> bool:
-        """Return the answer to the last question, False if there is none; wait for it."""
+        """Wait for the answer to the last question and return it; False if there is none."""
         asked, self._asked = self._asked, None
         return asked is not None and bool(asked.get())
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Return whether this process is the one that writes files and prints."""
     return getattr(rank_zero_only, "rank", None) in (None, 0)

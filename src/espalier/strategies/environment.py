@@ -1,4 +1,4 @@
-"""Where Lightning reads how many processes there are, and which of them this one is."""
+"""Tell Lightning how many processes there are, and which of them this one is."""
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -9,7 +9,7 @@ from espalier.processes.launchers import is_task_of_slurm
 
 
 class Tasks(SLURMEnvironment):
-    """The tasks that srun has started. Lightning does not believe `--ntasks`; `launchers.py` has counted them."""
+    """The tasks that srun has started, as `launchers.py` counted them; Lightning does not believe `--ntasks`."""
 
     def __init__(self) -> None:
         super().__init__(auto_requeue=False)  # requeue=true does it, once all is saved
@@ -27,7 +27,7 @@ class Tasks(SLURMEnvironment):
 
 
 def environments() -> list[ClusterEnvironment]:
-    """Return the one that Lightning shall use, or none where it finds the right one by itself."""
+    """Return the cluster environment for Lightning, or none if it finds the right one by itself."""
     if TorchElasticEnvironment.detect():
         return []
     if is_task_of_slurm():

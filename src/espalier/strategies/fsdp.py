@@ -10,11 +10,11 @@ from espalier.config.ranges import Positive
 
 
 class FullyShardedData(ModelParallelStrategy):
-    """Every device trains on its own part of the batch; `Learner.configure_model` shards the layers.
+    """Shards the layers over all devices; each device trains on its own part of the batch.
 
-    Lightning's `auto` would split each layer's computation within a node (tensor parallelism), which needs a plan per
-    model. Checkpoints are whole files that load anywhere. It gives up on a device that has not answered for
-    `timeout_seconds`.
+    `Learner.configure_model` does the sharding. Lightning's `auto` would split each layer's computation within a node
+    (tensor parallelism), which needs a plan per model. Checkpoints are whole files that load anywhere. It gives up on a
+    device that has not answered for `timeout_seconds`.
     """
 
     def __init__(self, timeout_seconds: Positive) -> None:
@@ -26,7 +26,7 @@ class FullyShardedData(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read weights and optimizers, also of plain SGD, which keeps nothing; torch expects a state of each tensor."""
+        """Read weights and optimizer states; also for plain SGD, which has no state although torch expects one."""
         path = self.broadcast(checkpoint_path)
         states = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("optimizer_states", [])
         if not self.optimizers or all(state["state"] for state in states):

@@ -1,4 +1,4 @@
-"""Networks in 16 bits (`bf16-true`, `16-true`); what is counted or compared stays float32."""
+"""Networks in 16 bits (`bf16-true`, `16-true`); counts and comparisons stay float32."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class HalfNetwork(HalfPrecision):
-    """Lightning's, which would round targets, class weights and the sums of metrics as well.
+    """Lightning's 16-bit precision for the network alone: targets, class weights and sums of metrics stay float32.
 
-    A target of 346 is 346 in bfloat16, 347 is 348; and 256 + 1 is 256.
+    In bfloat16 a target of 347 would become 348, and 256 + 1 would be 256.
     """
 
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -22,7 +22,7 @@ class HalfNetwork(HalfPrecision):
         return module.to(self._desired_input_dtype)
 
     def convert_input(self, data: Any) -> Any:
-        """Return a tensor alone is input; a batch holds targets too, and the learner casts its input."""
+        """Convert a tensor alone, which is input; a batch holds targets too, and the learner casts its input."""
         return data.to(self._desired_input_dtype) if isinstance(data, Tensor) and data.is_floating_point() else data
 
     def forward_context(self) -> AbstractContextManager[None]:  # type: ignore[override]  # Lightning's is narrower

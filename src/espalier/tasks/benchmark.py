@@ -1,4 +1,4 @@
-"""`espalier benchmark source=RUN[,RUN...]`: what networks cost to run, side by side, in the runtimes they ship in."""
+"""`espalier benchmark source=RUN[,RUN...]`: time networks side by side, in the runtimes they ship in."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ def benchmark(
     score: bool,
     memory: bool,
 ) -> Report:
-    """Latency, throughput and peak memory of each source in each runtime; candidates of a batch size take turns.
+    """Measure latency, throughput and peak memory of each source in each runtime, in turns.
 
     Rows are compared with the first row on as many threads: the first source in the first runtime that it has.
 
@@ -84,7 +84,7 @@ def require(run: Run, runtimes: Sequence[Runtime]) -> None:
 
 
 def sources(run: Run) -> Iterator[Network]:
-    """Each source under a name of its own: what it went through, and its run where several went through the same."""
+    """Yield each source under a unique name: the methods that made it, and its run where the methods are the same."""
     names = [source.name if isinstance(source, Bundle) else deployed.name_of(source.history) for source in run.sources]
     folders = [RunFolder.of(source.path).path for source in run.sources]
     short = [comparison.name_of(folder) for folder in folders]
@@ -100,14 +100,14 @@ def sources(run: Run) -> Iterator[Network]:
 
 
 def rebuild(path: Path) -> nn.Module:
-    """Return the module that is shipped, from its checkpoint."""
+    """Return the shipped module of a checkpoint."""
     return networks.deployable(checkpoint.load("source", path)).module
 
 
 def measure(
     run: Run, ready: Sequence[Candidate], batches: Sequence[Count], rounds: Count, *, score: bool
 ) -> Iterator[str]:
-    """Fill the rows with metrics of the test split and with times. Yields what a reader has to know of it."""
+    """Fill test metrics and latencies into the rows; yield remarks for the reader."""
     if score:
         test = run.data.loader("test", batch_size=max(batches), is_whole=True)
         for each in ready:
@@ -117,7 +117,7 @@ def measure(
 
 
 def describe_hardware(run: Run) -> str:
-    """Where it was measured, and whether the machine had time for it."""
+    """Say what hardware was used, and whether it was busy with other work."""
     found = provenance.hardware()
     cores, load = found["cores"], os.getloadavg()[0]
     device = run.trainer.strategy.root_device
@@ -130,7 +130,7 @@ def describe_hardware(run: Run) -> str:
 
 
 def remarks(first: dict[str, Any], fastest: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Which row is fastest at each batch size, and how much faster than the first."""
+    """Say which row is fastest at each batch size, and how much faster than the first."""
     for batch, row in fastest.items():
         line = f"fastest at batch {batch}: {row['name']}, {report.number(row['samples_per_second'][batch])} samples/s"
         if row is not first:

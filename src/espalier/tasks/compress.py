@@ -17,7 +17,7 @@ from espalier.strategies.collective import is_first_rank
 
 
 def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Count], threads: Count) -> Report | None:
-    """Apply the recipe, fine-tune, export source and result to ONNX and run both on the whole test split.
+    """Apply the recipe, fine-tune, export source and result to ONNX, and measure both on the whole test split.
 
     A drop of the learner's metric beyond `max_drop` is marked in the report. Ranks other than the first return None.
 
@@ -54,12 +54,15 @@ def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Coun
 
 
 def stages(run: Run) -> set[Stage]:
-    """Return the kinds of methods in the recipe."""
+    """Return the stages of the methods in the recipe."""
     return {stage_of(method.method) for method in run.compressions}
 
 
 def export(run: Run, source: Checkpoint, result: Checkpoint) -> Iterator[Artifact]:
-    """Yield the source and the result; between them, if a recipe changes shapes and numbers, the new shape in float."""
+    """Yield the exported source and result.
+
+    If the recipe cuts channels and quantizes, the cut network in float comes in between.
+    """
     folder, shape, name = run.folder / "export", run.data.spec.shape, deployed.name_of
     network = networks.trained(source)
     yield deployed.export(name(source.history), network, source.history, shape, folder / "source.onnx")
@@ -71,7 +74,7 @@ def export(run: Run, source: Checkpoint, result: Checkpoint) -> Iterator[Artifac
 
 
 def scan_source(run: Run) -> Iterator[str]:
-    """Print, draw and name the layers of the source that the recipe will hurt most; one remark per kind of harm."""
+    """Print and draw how sensitive the layers of the source are to the recipe; yield a remark per kind of harm."""
     harms = {"quantized": sensitivity.quantized} if Stage.QUANTIZE in stages(run) else {}
     if {Stage.STRUCTURE, Stage.MASK} & stages(run) or not harms:
         harms["pruned"] = sensitivity.pruned

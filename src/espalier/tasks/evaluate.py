@@ -1,4 +1,4 @@
-"""`espalier evaluate source=RUN`: what a trained run, or a bundle of it, does on a split, and where it errs."""
+"""`espalier evaluate source=RUN`: measure a trained run, or a bundle of it, on a split, and show its errors."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -72,7 +72,11 @@ def evaluate(
 
 
 def checked_runtime(run: Run, runtime: str | None, names: Sequence[str]) -> str:
-    """Where the network shall run, once nothing stands against it."""
+    """Return the runtime in which the network is evaluated.
+
+    Raises:
+        ConfigError: no source, a corruption that does not fit the data, an attack on a bundle, or a missing runtime.
+    """
     if not run.sources:
         raise ConfigError("source=null: evaluate needs the RUN or the bundle to measure; try source=latest")
     harms.require_applicable("task.robustness", names, run.sources[0].spec)
@@ -134,7 +138,7 @@ def harm(
 
 
 def loss_in_torch(run: Run) -> Loss:
-    """Return the loss whose gradient attacks follow: of the float network, as rounding has none."""
+    """Return the loss whose gradient attacks follow; it is that of the float network, as rounding has no gradient."""
     assert run.source is not None
     if is_quantized(run.source.history):
         network = finalize(*networks.in_float(run.source))

@@ -1,4 +1,4 @@
-"""`espalier explain source=RUN`: which parts of the input made a network answer as it does.
+"""`espalier explain source=RUN`: show which parts of the input made a network answer as it does.
 
 Letters: N samples of the split, S samples that are explained.
 """
@@ -41,7 +41,9 @@ def explain(
     noise: Positive,
     evaluations: Count,
 ) -> Report:
-    """Attribution maps of some samples of each class, drawn, saved, and measured: completeness, sanity, faithfulness.
+    """Draw, save and measure attribution maps of some samples of each class.
+
+    Measured are completeness, sanity and faithfulness.
 
     Raises:
         ConfigError: no source, a method that does not fit the network, a class without samples.

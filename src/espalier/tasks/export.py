@@ -1,4 +1,4 @@
-"""`espalier export source=RUN task.format=[onnx,...]`: a network as files for a runtime, checked, in a bundle."""
+"""`espalier export source=RUN task.format=[onnx,...]`: write a network for runtimes, check the files, make a bundle."""
 
 import shutil
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def export(
     allow_mismatch: bool,
     threads: Count,
 ) -> Report:
-    """Write the deployable network in each format, run each beside torch on the test split, bundle what agrees.
+    """Write the deployable network in each format, compare each with torch on the test split, and make a bundle.
 
     A mismatch ends the task without a bundle, unless `allow_mismatch`; then the report is marked.
 
@@ -74,7 +74,7 @@ def export(
 def write(
     run: Run, name: str, network: Deployable, shipped: nn.Module, draft: Path, gate: parity.Gate, threads: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """One format: its files in `draft`, its row of the report, and what has to be said about it."""
+    """Write one format into `draft`; return its row of the report, and remarks for the user."""
     chosen = formats.named(name)
     run.say(f"writing {' and '.join(chosen.files)}")
     path = draft / chosen.files[0]
@@ -96,7 +96,7 @@ def write(
 
 
 def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what `bundle.json` says beside the files: all that a server needs, and where the network comes from."""
+    """Return the content of `bundle.json` without the files: what a server needs, and where the network comes from."""
     assert run.source is not None
     collected = provenance.collect()
     content = {

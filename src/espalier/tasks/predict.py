@@ -1,4 +1,4 @@
-"""`espalier predict source=EXPORT data=...`: what a bundle answers to every sample of a data set, in parquet shards.
+"""`espalier predict source=EXPORT data=...`: write the predictions of a bundle for a data set, in parquet shards.
 
 Killed and started again in the same folder, it writes the shards that are missing.
 """
@@ -65,7 +65,7 @@ def predict(
 
 
 def describe(run: Run, split: Split, runtime: str) -> dict[str, Any]:
-    """Return what decides every number in a shard."""
+    """Return everything that decides the numbers in a shard, to tell whether earlier shards may be kept."""
     assert run.bundle is not None
     data = {str(key): str(value) for key, value in run.cfg.data.items() if key not in NOT_THE_DATA}
     return {

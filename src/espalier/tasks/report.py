@@ -1,4 +1,4 @@
-"""`espalier report source=RUN[,RUN...]`: finished runs side by side, and which of them are worth their cost."""
+"""`espalier report source=RUN[,RUN...]`: compare finished runs, and say which of them are worth their cost."""
 
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
@@ -13,7 +13,7 @@ PAGE_NAME = "report.html"
 
 
 def report(run: Run, metric: str | None, batch: Count | None) -> Report:
-    """Differences of configuration, metrics, cost and latency; the Pareto front; as tables and as one HTML page.
+    """Compare runs: configuration, metrics, cost, latency and Pareto front, as tables and as one HTML page.
 
     Trains and measures nothing: every number comes from the `report.json` of a run.
 
@@ -58,7 +58,7 @@ def _choice(key: str, value: str | None, measured: list[str]) -> str | None:
     """Return the value, if any run has it.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: no run has it.
     """
     if value is not None and value not in measured:
         known = ", ".join(dict.fromkeys(measured)) or "none"

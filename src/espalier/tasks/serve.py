@@ -1,4 +1,4 @@
-"""`espalier serve source=RUN`: check everything, then become a server that has neither torch nor Hydra in memory."""
+"""`espalier serve source=RUN`: check everything, then start a server that has neither torch nor Hydra in memory."""
 
 import contextlib
 import os

@@ -1,1 +1,1 @@
-"""Whether a file that came from elsewhere may be read: checkpoints, exported programs, and what they name."""
+"""Checks of files from elsewhere before they are read: checkpoints, exported programs, and the names in them."""

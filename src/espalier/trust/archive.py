@@ -1,8 +1,8 @@
-"""Whether a file may be handed to `torch.load`: the archive that `torch.save` writes, and no larger than it is.
+"""Check that a file is an archive as `torch.save` writes it, before `torch.load` opens it.
 
-Such an archive is a zip whose members are stored as they are, below one folder. What else a zip can be is refused
-before torch opens it: members with names that leave the folder, that share bytes or expand, and a directory that two
-readers would understand in two ways. Only the directory is read. `weights_only=True` refuses what runs code.
+Such an archive is a zip whose members are stored uncompressed, below one folder. Everything else is refused: members
+whose names leave the folder, that share bytes or expand, and a directory that two readers would understand in two ways.
+Only the directory is read here. `weights_only=True` refuses what runs code.
 """
 
 import re
@@ -62,7 +62,7 @@ def _problems(path: Path) -> Iterator[str]:
 
 
 def _start_of_directory(tail: bytes, size: int) -> int | None:
-    """Where the directory starts that each reader finds, in a file of `size` bytes; None if they may differ."""
+    """Return the byte where all readers find the directory of the archive, or None if readers may differ."""
     end = tail[-END.size :]
     signature, *_, offset, comment = END.unpack(end)
     if signature != b"PK\x05\x06" or comment:

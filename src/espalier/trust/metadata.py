@@ -1,6 +1,6 @@
-"""Whether what a checkpoint says about itself is what a checkpoint can say: plain values, of bounded size, in place.
+"""Check that what a checkpoint says about itself is plain values, of bounded size and of the expected types.
 
-`torch.load` has kept code out. What is left may still lie: nest without end, name files to be deleted, or be of types
+`torch.load` has kept code out. The rest may still do harm: nest without end, name files to be deleted, or be of types
 that the next line of code does not expect. Nothing here is built or imported from a name; `targets.py` judges those.
 """
 
@@ -34,7 +34,7 @@ LEAVES = re.compile(r".*::|\w[\w+.-]*://|(.*[\\/])?\.\.([\\/]|$)", re.DOTALL)
 
 
 def require_credible(key: str, path: Path, content: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` if a checkpoint that was read from `path` says what none of ours says.
+    """Raise `ConfigError` if the metadata of a checkpoint, read from `path`, are not as espalier writes them.
 
     `content` has the entries `espalier`, a dictionary, and `state_dict`; the message starts with `key`.
     """
@@ -42,7 +42,7 @@ def require_credible(key: str, path: Path, content: Mapping[str, Any]) -> None:
 
 
 def require_described(key: str, path: Path, config: Any, spec: Any, history: Any) -> None:
-    """Require the same of what a bundle says; `path` is its folder."""
+    """Raise `ConfigError` if the metadata of a bundle are not as espalier writes them; `path` is its folder."""
     _require(key, path, _problems_of_words(config, spec, history))
 
 
@@ -56,7 +56,7 @@ def _require(key: str, path: Path, problems: Iterator[str]) -> None:
 
 
 def require_state(key: str, path: Path, content: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` if the checkpoint holds no state of a training, which goes on from there."""
+    """Raise `ConfigError` if the checkpoint holds no state of a training that can be resumed."""
     wrong = [name for name, kind in STATE.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise ConfigError(
@@ -96,10 +96,10 @@ def _problems_of_words(config: Any, spec: Any, history: Any) -> Iterator[str]:
 
 
 def _parts(tree: Any, limit: int) -> Iterator[Any]:
-    """Everything in nested dictionaries, lists and tuples; a loop or a tree in which parts are shared has no end.
+    """Yield everything in nested dictionaries, lists and tuples.
 
     Raises:
-        ValueError: it is too deep or too large.
+        ValueError: it is too deep or too large, as a structure that contains itself is.
     """
     level, depth = [tree], 0
     while level:
@@ -143,7 +143,7 @@ def _is_validation(said: Any) -> bool:
 
 
 def _files(state: Any) -> Iterator[str]:
-    """Names of files in the state of a callback that keeps checkpoints."""
+    """Yield the file names in the state of a callback that keeps checkpoints."""
     if isinstance(state, dict):
         models = state.get("best_k_models")
         replaced = state.get("replaced")
@@ -153,7 +153,7 @@ def _files(state: Any) -> Iterator[str]:
 
 
 def _leaves(name: str) -> bool:
-    """Whether it is an address or goes up; Lightning deletes below its own folder, and any address."""
+    """Return whether the name leads out of the run folder; Lightning would delete the file that it names."""
     return LEAVES.match(name) is not None
 
 

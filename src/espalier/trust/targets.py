@@ -1,4 +1,4 @@
-"""What a configuration out of a checkpoint may name and ask for: it is untrusted, wherever the file was read."""
+"""Limit what a configuration from a checkpoint may name and ask for; it is untrusted, wherever the file was read."""
 
 import inspect
 import re
@@ -62,9 +62,10 @@ PLACE = re.compile(r".*(://|::)|[/~\\]|[A-Za-z]:[/\\]|(.*[/\\])?\.\.([/\\]|$)", 
 
 
 def check_stored(cfg: DictConfig, said: DictConfig | None = None) -> None:
-    """Raise `ConfigError` as `config.check.check` does, and if a configuration asks for what no checkpoint may.
+    """Raise `ConfigError` as `config.check.check` does, and for anything that a checkpoint may not ask for.
 
-    It may name only `TRUSTED_TARGETS`, interpolate nothing, and write to no place that the user has not `said` too.
+    A stored configuration may name only `TRUSTED_TARGETS`, interpolate nothing, and write only to places that the user
+    has `said` too.
     """
     plain = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(plain, dict)
@@ -75,7 +76,7 @@ def check_stored(cfg: DictConfig, said: DictConfig | None = None) -> None:
 
 
 def _suspicions(node: Any, where: str, said: DictConfig | None) -> Iterator[str]:
-    """Yield what a configuration out of a checkpoint may not ask for."""
+    """Yield each entry that a configuration from a checkpoint may not have."""
     group = where.partition(".")[0]
     shown = f"{where}={str(node)[:80]}"
     if isinstance(node, list):
@@ -106,7 +107,7 @@ def _of_user(said: DictConfig | None, where: str) -> Any:
 
 
 def _is_trusted(name: Any, group: str) -> bool:
-    """Whether `name` is one of `TRUSTED_TARGETS`, and where it is an alias what it stands for is one too."""
+    """Return whether `name`, and the object that it is an alias of, are in `TRUSTED_TARGETS`."""
     names = TRUSTED_TARGETS.get(group, ())
     if not isinstance(name, str) or not all(map(str.isidentifier, name.split("."))):
         return False

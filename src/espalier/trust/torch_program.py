@@ -1,8 +1,8 @@
-"""Whether a program of torch.export can be loaded without running what its author wrote.
+"""Check that a program of torch.export can be loaded without running code of its author.
 
 A bundle may come from anybody, and `torch.export.load` (torch 2.13) trusts its file: it unpickles whatever it cannot
 read otherwise, evaluates sizes and guards as Python, looks operators up by name in all of torch, and loads machine
-code. So a file is compared with what `torch_export.write` writes, and what is not known is refused.
+code. So a file is compared with what `torch_export.write` writes, and anything unknown is refused.
 """
 
 import io
@@ -81,7 +81,7 @@ def _problems(path: Path) -> Iterator[str]:
 
 
 def _problems_of_program(node: Any) -> Iterator[str]:
-    """Walk all of the JSON, so that no place where torch looks is forgotten."""
+    """Yield the problems of a program, from all of its JSON, so that no place where torch looks is forgotten."""
     for key, value in node.items() if isinstance(node, dict) else ():
         is_text = isinstance(value, str)
         if key == "target" and is_text and (not _is_operator(value) or WITH_FILES.fullmatch(value)):
