@@ -110,7 +110,7 @@ class Run(Parts):
         return {
             "name": str(self.cfg.model._target_).rpartition(".")[2],
             "runtime": "torch",
-            **cost.counts(model, self.data.spec.shape),
+            **cost.counts(model, self.data.spec),
             **({"size_bytes": cost.size_bytes(weights)} if weights else {}),
         }
 

@@ -109,7 +109,7 @@ class Parts:
             "seed": self.cfg.seed,
             "samples": self.data.samples,
             "loss": self.loss,
-            "latency_ms": partial(deployed.latency_ms, input_shape=self.data.spec.shape),
+            "latency_ms": partial(deployed.latency_ms, spec=self.data.spec),
             "network": self.network_of,
         }
         recipe: list[Compression] = []

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from espalier.compression.base import is_inside
 from espalier.models.blocks import Attention
+from espalier.signature import example
+from espalier.spec import DataSpec
 
 Sizes = dict[str, int | list[int]]  # numbers of a module, and the shapes of its tensors
 Role = Literal["makes", "scales", "reads"]
@@ -49,7 +51,7 @@ class Group:
     is_heads: bool
 
 
-def coupled(model: nn.Module, input_shape: tuple[int, ...], skip: Sequence[str]) -> list[Group]:
+def coupled(model: nn.Module, spec: DataSpec, skip: Sequence[str]) -> list[Group]:
     """Return the channels that can be removed, in groups that go together, then the heads of each attention layer.
 
     Left out are the outputs of the network, the outputs of modules in `skip`, and channels that pass through layers of
@@ -59,7 +61,7 @@ def coupled(model: nn.Module, input_shape: tuple[int, ...], skip: Sequence[str])
 
     traced = deepcopy(model).eval().requires_grad_(True)
     with torch.enable_grad():
-        graph = DependencyGraph().build_dependency(traced, (torch.zeros(2, *input_shape),), verbose=False)
+        graph = DependencyGraph().build_dependency(traced, example(spec, 2), verbose=False)
     heads = {path: _heads(path, module) for path, module in traced.named_modules() if isinstance(module, Attention)}
     inside_attention = {(part.path, part.side) for group in heads.values() for part in group.parts}
     paths: dict[Any, str] = {module: path for path, module in traced.named_modules()}

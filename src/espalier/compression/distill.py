@@ -27,6 +27,7 @@ from espalier.seeding import generator
 from espalier.spec import DataSpec, Entry
 from espalier.targets.kinds import kind_of
 from espalier.targets.metrics import distillation
+from espalier.signature import example
 
 ADAPTER_STREAM = 0xADA  # keeps the first weights of adapters apart from other users of the seed
 
@@ -195,7 +196,7 @@ class Distill(Compression):
         twin = deepcopy(model).eval()
         with ExitStack() as undo, torch.no_grad():
             read = watch(twin, [path for _, path in knobs], undo)
-            twin(torch.zeros(1, *self.spec.shape))
+            twin(*example(self.spec, 1))
             outputs = read()
         for knob, path in knobs:
             if not isinstance(outputs.get(path), Tensor):

@@ -19,6 +19,8 @@ from torch import Tensor, fx, nn
 
 from espalier.config.hints import nearest
 from espalier.errors import ConfigError
+from espalier.signature import dynamic, example
+from espalier.spec import DataSpec
 
 ATEN = torch.ops.aten
 BATCH_NORM = ATEN.batch_norm.default
@@ -86,9 +88,9 @@ class CapturedNet(nn.Module):
         """Return the graph for reading; change it only through the functions of this file."""
         return self.code.graph
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         self.switch()
-        output, *watched = self.code(x)
+        output, *watched = self.code(*inputs)
         if watched:
             self.watched = dict(zip(self._watched_names, watched, strict=True))
         return output
@@ -139,7 +141,7 @@ class CapturedNet(nn.Module):
         return twin
 
 
-def capture(model: nn.Module, input_shape: Sequence[int]) -> CapturedNet:
+def capture(model: nn.Module, spec: DataSpec) -> CapturedNet:
     """Return the graph of `model` for batches of 1 to MAX_BATCH; it shares modules and tensors with `model`.
 
     Raises:
@@ -147,10 +149,8 @@ def capture(model: nn.Module, input_shape: Sequence[int]) -> CapturedNet:
     """
     trains = model.training
     device = next((parameter.device for parameter in model.parameters()), None)
-    example = torch.zeros(2, *input_shape, device=device)
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     try:
-        program = torch.export.export(model.train(), (example,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(model.train(), example(spec, 2, device), dynamic_shapes=dynamic(spec, MAX_BATCH))
     except Exception as error:  # torch.export documents no type
         raise ConfigError(
             f"{type(model).__name__}: torch.export cannot capture it, so it cannot be quantized "

@@ -87,7 +87,7 @@ class PruneChannels(Compression):
 
     def require(self, model: nn.Module) -> None:
         require_modules(self.skip, model, "compression.prune_channels.skip")
-        groups = coupled(model, self.spec.shape, self.skip)
+        groups = coupled(model, self.spec, self.skip)
         if not groups:
             raise ConfigError(
                 f"compression.prune_channels.skip={list(self.skip)}: leaves no channels that may go; "
@@ -96,7 +96,7 @@ class PruneChannels(Compression):
         units = [torch.zeros(group.num_channels // group.num_blocks) for group in groups]
         half = cut(copy.deepcopy(model), groups, least(groups, units, ratio=0.5, round_to=1, is_global=False))
         try:
-            count_macs(half, self.spec.shape)
+            count_macs(half, self.spec)
         except RuntimeError as error:
             raise ConfigError(
                 f"compression.prune_channels.skip={list(self.skip)}: this network cannot run with fewer channels "
@@ -145,11 +145,11 @@ class PruneChannels(Compression):
         batch = self.samples(NUM_SAMPLES)
         num = max(1, round(self.drop_branches * len(paths)))
         paths = least_missed(model, paths, num, lambda trial: mean_loss(trial, batch, self.loss))
-        return needed_activations(model, paths, batch.x[:1])
+        return needed_activations(model, paths, [x[:1] for x in batch.inputs])
 
     def _ranked(self, model: nn.Module) -> tuple[list[Group], list[Tensor]]:
         """Return the groups that the criterion can compare, with the score of each unit of channels."""
-        groups = coupled(model, self.spec.shape, self.skip)
+        groups = coupled(model, self.spec, self.skip)
         if self.criterion == "bn_scale":
             groups = [group for group in groups if any(part.role == "scales" for part in group.parts)]
         if self.criterion == "random":
@@ -181,7 +181,7 @@ class PruneChannels(Compression):
 
     def _cost(self, model: nn.Module) -> float:
         if self.budget == "macs":
-            return count_macs(model, self.spec.shape)
+            return count_macs(model, self.spec)
         return self.latency_ms(copy.deepcopy(model).eval())
 
 
@@ -201,13 +201,13 @@ def taylor_scores(model: nn.Module, groups: Sequence[Group], batch: Batch, loss:
     trial = copy.deepcopy(model).eval().requires_grad_(True)
     weights = _weights(trial)
     scores = [torch.zeros(group.num_channels) for group in groups]
-    for x, y in _chunks(batch):
+    for inputs, y in batch.split(CHUNK):
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(trial(x), y), list(weights.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(loss(trial(*inputs), y), list(weights.values()), materialize_grads=True)
         pairs = zip(weights.items(), gradients, strict=True)
         changes = {name: weight.detach() * gradient for (name, weight), gradient in pairs}
         for score, group in zip(scores, groups, strict=True):
-            score += channel_sums(group, changes, ("reads",)).square() * (len(x) / len(batch.x))
+            score += channel_sums(group, changes, ("reads",)).square() * (len(y) / len(batch.y))
     return scores
 
 
@@ -262,7 +262,7 @@ def global_shares(scores: Sequence[Tensor], ratio: float) -> list[float]:
 @torch.no_grad()
 def mean_loss(model: nn.Module, batch: Batch, loss: Loss) -> float:
     """Return the mean loss over the samples; the mode of the model is not changed."""
-    return sum(float(loss(model(x), y)) * len(x) for x, y in _chunks(batch)) / len(batch.x)
+    return sum(float(loss(model(*inputs), y)) * len(y) for inputs, y in batch.split(CHUNK)) / len(batch.y)
 
 
 def _chunks(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ from espalier.compression.quantizer import MIN_SCALE, Target, make_quantizer
 from espalier.config.ranges import Share
 from espalier.errors import ConfigError
 from espalier.spec import DataSpec, Entry
+from espalier.signature import of_entry, to_entry
 
 Mode = Literal["static", "dynamic"]  # ranges of activations: fixed beforehand, or found at run time
 
@@ -42,7 +43,7 @@ class EightBits(Compression):
     def replay(model: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
         """Return the network that rounds: a `CapturedNet` if its ranges are fixed beforehand."""
         if entry["mode"] == "static":
-            return prepare(capture(model, entry["input_shape"]), make_quantizer(entry["target"], entry["skip"]))
+            return prepare(capture(model, of_entry(entry)), make_quantizer(entry["target"], entry["skip"]))
         for _, layer in layers(model, entry["skip"]):
             if type(layer) is nn.Linear:  # subclasses belong to modules that do not call them
                 layer.__class__ = RoundedLinear
@@ -134,7 +135,7 @@ def natural_mode(model: nn.Module, target: Target) -> Mode:
 
 def make_entry(mode: Mode, target: Target, skip: Sequence[str], spec: DataSpec) -> Entry:
     """Return all that `replay` needs, in plain values."""
-    return {"mode": mode, "target": target, "skip": list(skip), "input_shape": list(spec.shape)}
+    return {"mode": mode, "target": target, "skip": list(skip), **to_entry(spec)}
 
 
 def check_skip(model: nn.Module, method: str, skip: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export.formats import DTYPES, Format, converting, draft
 from espalier.export.torch_export import program, reloaded, torch_threads
+from espalier.spec import DataSpec
 
 OPTIONS = {
     "aot_inductor.enable_line_tables": False,  # 1.3 MB of 1.8 are the lines of the C++ files
@@ -47,17 +48,17 @@ class AOTInductor(Format):
             )
 
     def write(
-        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
     ) -> None:
         """Compile for batches of any size; takes seconds to a minute."""
         with converting("aotinductor"), draft(path) as target, torch.no_grad():
-            exported = reloaded(program(model, input_shape))
+            exported = reloaded(program(model, spec))
             package = target.with_name("unstripped.pt2")
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=OPTIONS)
             _strip(package, target)
             package.unlink()
 
-    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+    def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:
         return Session(path, threads)
 
 

@@ -23,8 +23,8 @@ from espalier.export import deployed, formats
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable, Predict
 from espalier.profiling import cost, latency
-from espalier.profiling.memory import Load, Prepare, on_zeros, peak_bytes, tensor_bytes
-from espalier.spec import Entry
+from espalier.profiling.memory import Load, Prepare, on_example, peak_bytes, tensor_bytes
+from espalier.spec import DataSpec, Entry
 
 Precision = Literal["fp32", "bf16"]
 IN_TORCH = ("eager", "compiled")  # the others are files
@@ -41,7 +41,7 @@ class Network:
 
     name: str
     history: Sequence[Entry]
-    shape: tuple[int, ...]  # of a sample
+    spec: DataSpec
     bundle: Bundle | None  # files alone
     deployable: Deployable | None
     rebuild: Callable[[], nn.Module] | None  # makes the module of `deployable` again, in another process
@@ -132,8 +132,7 @@ def _in_torch(choice: Choice, device: torch.device, batch_size: Count, threads: 
     assert network.rebuild is not None
     module = network.in_precision(form)
     row = {**_row(choice), "size_bytes": tensor_bytes(module)}
-    shape = (batch_size, *network.shape)
-    prepare = partial(_prepare_module, network.rebuild, runtime, form, threads, shape, device)
+    prepare = partial(_prepare_module, network.rebuild, runtime, form, threads, network.spec, batch_size, device)
     return Candidate(row, on_device(module, runtime, device), prepare, device)
 
 
@@ -145,14 +144,14 @@ def _as_file(choice: Choice, folder: Path, batch_size: Count, threads: Count) ->
     if network.deployable:
         is_dynamic = deployed.is_dynamic(network.deployable.conversion)
     load = partial(deployed.session, runtime, path, threads, is_dynamic)
-    return Candidate(row, load(), partial(on_zeros, load, (batch_size, *network.shape), CPU), CPU)
+    return Candidate(row, load(), partial(on_example, load, network.spec, batch_size, CPU), CPU)
 
 
 def _row(choice: Choice) -> dict[str, Any]:
     network, runtime, form = choice
     is_plain = network.name.startswith("fp32")  # nothing was done to it, so it is called after its precision
     name = network.name.replace("fp32", form, 1) if is_plain or form == "fp32" else f"{network.name} {form}"
-    counted = cost.counts(network.deployable.trained, network.shape) if network.deployable else {}
+    counted = cost.counts(network.deployable.trained, network.spec) if network.deployable else {}
     return {"name": f"{name}, {runtime}", "runtime": runtime, **counted}
 
 
@@ -164,7 +163,7 @@ def _file(choice: Choice, folder: Path) -> Path:
         assert network.deployable is not None
         written = formats.named(runtime)
         path = folder / NOT_IN_NAMES.sub("_", f"{network.name}_{form}_{runtime}") / written.files[0]
-        written.write(network.in_precision(form), network.shape, path, network.deployable.conversion)
+        written.write(network.in_precision(form), network.spec, path, network.deployable.conversion)
         network.files[runtime, form] = path
     return network.files[runtime, form]
 
@@ -174,9 +173,9 @@ def on_device(module: nn.Module, runtime: Runtime, device: torch.device) -> Pred
     module = module.to(device)
     compute: Predict = torch.compile(module, dynamic=False) if runtime == "compiled" else module
 
-    def forward(x_B: Tensor) -> Tensor:
+    def forward(*inputs: Tensor) -> Tensor:
         with torch.inference_mode():
-            logits_BK = compute(x_B)
+            logits_BK = compute(*inputs)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         return logits_BK
@@ -189,24 +188,28 @@ def _prepare_module(
     runtime: Runtime,
     form: Precision,
     threads: Count,
-    shape: tuple[int, ...],
+    spec: DataSpec,
+    batch_size: Count,
     device: torch.device,
 ) -> Load:
     """Rebuild the network and return what `memory.peak_bytes` counts: loading a copy of it and calling it."""
     torch.set_num_threads(threads)
     network = rebuild()
-    return on_zeros(
-        lambda: on_device(formats.in_precision(copy.deepcopy(network), form), runtime, device), shape, device
+    return on_example(
+        lambda: on_device(formats.in_precision(copy.deepcopy(network), form), runtime, device), spec, batch_size, device
     )
 
 
-def time(candidates: Sequence[Candidate], x_B: Tensor, batches: Sequence[Count], rounds: Count) -> Iterator[str]:
+def time(candidates: Sequence[Candidate], samples: Sequence[Tensor], batches: Sequence[Count], rounds: Count) -> Iterator[str]:
     """Fill latencies into the rows, with all candidates of a batch size in turns; yield remarks for the reader."""
     for candidate in candidates:
         candidate.row.update(speedup={}, latency_ms={}, samples_per_second={})
     for batch_size in dict.fromkeys(batches):
-        x = x_B.repeat(-(-batch_size // len(x_B)), *[1] * (x_B.ndim - 1))[:batch_size].contiguous()
-        calls = {str(place): partial(each.forward, x.to(each.device)) for place, each in enumerate(candidates)}
+        inputs = deployed.repeated(samples, batch_size)
+        calls = {
+            str(place): partial(each.forward, *(x.to(each.device) for x in inputs))
+            for place, each in enumerate(candidates)
+        }
         compared = latency.compare(calls, rounds)
         for candidate, timed in zip(candidates, compared.values(), strict=True):
             candidate.row["speedup"][str(batch_size)] = 1 / timed.ratio
@@ -226,9 +229,9 @@ def predictor(candidate: Candidate, batch_size: Count) -> Predict:
     if candidate.row["runtime"] not in IN_TORCH:
         return candidate.forward
 
-    def predict(x_B: Tensor) -> Tensor:
-        padding = x_B[:1].expand(batch_size - len(x_B), *x_B.shape[1:])
-        return candidate.forward(torch.cat([x_B, padding]).to(candidate.device))[: len(x_B)].cpu()
+    def predict(*inputs: Tensor) -> Tensor:
+        padded = (torch.cat([x, x[:1].expand(batch_size - len(x), *x.shape[1:])]) for x in inputs)
+        return candidate.forward(*(x.to(candidate.device) for x in padded))[: len(inputs[0])].cpu()
 
     return predict
 

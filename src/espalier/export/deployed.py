@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,11 +16,12 @@ from espalier.data.loaders import Batch
 from espalier.export import formats, onnx
 from espalier.learners.learner import Learner
 from espalier.profiling import cost, latency
-from espalier.spec import Entry
+from espalier.signature import example
+from espalier.spec import DataSpec, Entry
 
 RUNTIME = "onnxruntime"
 ROUNDS = 15  # of interleaved latency measurement
-Predict = Callable[[Tensor], Tensor]  # x (B, ...) to the network's output
+Predict = Callable[..., Tensor]  # the inputs, (B, ...) each, to the network's output
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ def deployable(trained: nn.Module, history: Sequence[Entry]) -> Deployable:
 
 
 def export(
-    name: str, trained: nn.Module, history: Sequence[Entry], input_shape: tuple[int, ...], path: Path
+    name: str, trained: nn.Module, history: Sequence[Entry], spec: DataSpec, path: Path
 ) -> Artifact:
     """Write the deployable form of a trained network to `path`."""
     network = deployable(trained, history)
-    onnx.write(network.module, input_shape, path, network.conversion)
+    onnx.write(network.module, spec, path, network.conversion)
     return Artifact(name, network.trained, network.module, network.conversion, path)
 
 
@@ -72,23 +74,21 @@ def measure(
     artifacts: Sequence[Artifact], learner: Learner, test: Iterable[Batch], batches: Sequence[int], threads: int
 ) -> list[dict[str, Any]]:
     """Return one row of the report per artifact; latencies are measured in turns, so that noise hits all alike."""
-    shape = tuple(learner.spec.shape)
     sessions = [onnx.Session(artifact.path, threads) for artifact in artifacts]
     rows: list[dict[str, Any]] = [
         {
             "name": artifact.name,
             "runtime": artifact.runtime,
             "metrics": score(predictor(artifact, session), learner, test),
-            **cost.counts(artifact.trained, shape),
+            **cost.counts(artifact.trained, learner.spec),
             "size_bytes": artifact.size_bytes,
             "latency_ms": {},
         }
         for artifact, session in zip(artifacts, sessions, strict=True)
     ]
     for batch_size in batches:
-        x = next(iter(test)).x
-        x = x.repeat(-(-batch_size // len(x)), *[1] * (x.ndim - 1))[:batch_size].contiguous()
-        calls = {str(place): _call(session, x) for place, session in enumerate(sessions)}
+        inputs = repeated(next(iter(test)).inputs, batch_size)
+        calls = {str(place): partial(session, *inputs) for place, session in enumerate(sessions)}
         for row, timed in zip(rows, latency.compare(calls, rounds=ROUNDS).values(), strict=True):
             row["latency_ms"][str(batch_size)] = timed.to_dict()
     return rows
@@ -113,7 +113,7 @@ def is_dynamic(conversion: Conversion | None) -> bool:
 
 def one_by_one(session: Predict) -> Predict:
     """Return the same function, called with one sample at a time."""
-    return lambda x: torch.cat([session(sample) for sample in x.split(1)])
+    return lambda *inputs: torch.cat([session(*sample) for sample in zip(*(x.split(1) for x in inputs), strict=True)])
 
 
 def score(predict: Predict, learner: Learner, test: Iterable[Batch]) -> dict[str, float]:
@@ -123,7 +123,7 @@ def score(predict: Predict, learner: Learner, test: Iterable[Batch]) -> dict[str
         metric.distributed_available_fn = lambda: False  # or it waits for the other ranks of the fit, which are gone
     with torch.no_grad():
         for batch in test:
-            metrics.update(learner.predict(predict(batch.x).float()), batch.y)
+            metrics.update(learner.predict(predict(*batch.inputs).float()), batch.y)
     return {name: float(value) for name, value in metrics.compute().items() if value.ndim == 0}
 
 
@@ -138,14 +138,15 @@ def ratios(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def latency_ms(model: nn.Module, input_shape: tuple[int, ...]) -> float:
+def latency_ms(model: nn.Module, spec: DataSpec) -> float:
     """Return the median latency in milliseconds of one sample of a float network in ONNX Runtime on one thread."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx.write(model, input_shape, path)
-        call = _call(onnx.Session(path, threads=1), torch.zeros(1, *input_shape))
+        onnx.write(model, spec, path)
+        call = partial(onnx.Session(path, threads=1), *example(spec, 1))
         return latency.compare({"model": call}, rounds=5)["model"].p50
 
 
-def _call(session: onnx.Session, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: session(x)
+def repeated(inputs: Sequence[Tensor], num: int) -> tuple[Tensor, ...]:
+    """Return `num` samples: those of a batch, over and over."""
+    return tuple(x.repeat(-(-num // len(x)), *[1] * (x.ndim - 1))[:num].contiguous() for x in inputs)

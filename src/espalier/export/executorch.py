@@ -15,6 +15,7 @@ from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export.formats import DTYPES, Format, converting, draft, require_package, silent
 from espalier.export.torch_export import program
+from espalier.spec import DataSpec
 
 MAX_BATCH = 256  # memory is planned beforehand, so there is a largest batch; sessions cut what is longer
 NOT_LOWERED = "quantized_decomposed"  # operators that XNNPACK has taken in where it can
@@ -32,14 +33,14 @@ class ExecuTorch(Format):
         require_package(key, "executorch", "pip install 'espalier[executorch]'")
 
     def write(
-        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
     ) -> None:
         """Write the program for batches of 1 to MAX_BATCH."""
         with converting("executorch"), draft(path) as target, silent():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
-            exported = program(model, input_shape, num_example=MAX_BATCH, max_batch=MAX_BATCH)
+            exported = program(model, spec, num_example=MAX_BATCH, max_batch=MAX_BATCH)
             lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
             if any(NOT_LOWERED in str(node.target) for node in lowered.exported_program().graph.nodes):
                 raise ConfigError(
@@ -48,7 +49,7 @@ class ExecuTorch(Format):
                 )
             target.write_bytes(lowered.to_executorch().buffer)
 
-    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+    def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:
         return Session(path, threads)
 
 

@@ -28,6 +28,7 @@ from espalier.config import plugins
 from espalier.config.plugins import OneOf
 from espalier.config.ranges import Count
 from espalier.errors import ConfigError
+from espalier.spec import DataSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLACE_IN_CPP = re.compile(r"(Exception from|Check '.*' failed at) \S+:\d+:?$")
@@ -55,7 +56,7 @@ class Format(plugins.Plugin):
 
     @abstractmethod
     def write(
-        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
     ) -> None:
         """Write a network in evaluation mode unchanged; a crash leaves the old files or the new.
 
@@ -65,8 +66,8 @@ class Format(plugins.Plugin):
             ConfigError: the format cannot hold the network.
         """
 
-    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
-        """Open a file on the CPU; the result maps samples (B, ...) to float32 logits (B, K), without gradients."""
+    def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:
+        """Open a file on the CPU; the result maps its inputs, (B, ...) each, to float32 logits (B, K), without gradients."""
         raise NotImplementedError(f"{type(self).__name__} has no runtime")
 
 
@@ -111,8 +112,8 @@ class InPrecision(nn.Module):
         self.model = model.to(dtype)
         self.dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.to(self.dtype)).float()
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(*(x.to(self.dtype) if x.is_floating_point() else x for x in inputs)).float()
 
 
 def in_precision(model: nn.Module, precision: str) -> nn.Module:

@@ -18,6 +18,8 @@ from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export.formats import Format, converting, draft, require_package, require_precision, silent
 from espalier.export.torch_export import program
+from espalier.spec import DataSpec
+from espalier.signature import example
 
 INSTALL = "pip install litert-torch==0.10.0, then pip install 'typing-extensions>=4.16' 'pydantic>=2.13'"
 
@@ -34,7 +36,7 @@ class LiteRT(Format):
             require_package(key, package, INSTALL)
 
     def write(
-        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
     ) -> None:
         """Write the network for one sample at a time."""
         if isinstance(model, CapturedNet):
@@ -46,10 +48,10 @@ class LiteRT(Format):
         with converting("litert"), draft(path) as target, silent():
             import litert_torch
 
-            nameless = program(model, input_shape, max_batch=1).module()  # or the file names the classes of its layers
-            litert_torch.convert(nameless, (torch.zeros(1, *input_shape),)).export(str(target))
+            nameless = program(model, spec, max_batch=1).module()  # or the file names the classes of its layers
+            litert_torch.convert(nameless, example(spec, 1)).export(str(target))
 
-    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+    def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:
         return Session(path, threads)
 
 

@@ -25,9 +25,10 @@ from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export import session
 from espalier.export.formats import Format, draft, quiet, reason, require_precision
+from espalier.spec import DataSpec
+from espalier.signature import dynamic, example
 
 OPSET = 20  # the first that has GELU as one operator
-INPUT, OUTPUT = "input", "logits"
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which module an operator comes from
 INT8_ACCURACY = 4  # MatMulNBits rounds activations to int8; without it 8-bit weights have no kernel: 15x slower
@@ -35,7 +36,7 @@ LAYERS = ("Conv", "Gemm", "MatMul", "Add")  # operators that keep the name of th
 CONV_DEFAULTS = {"dilations": {1}, "strides": {1}, "pads": {0}}  # of each axis; the schema does not state them
 
 
-def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None) -> None:
+def write(model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
     """Write a network in evaluation mode to `path`, for batches of any size; a crash leaves the old file or the new.
 
     `conversion` replaces linear layers by operators of the runtime that torch does not have.
@@ -45,7 +46,7 @@ def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion
     """
     require_precision("onnx", model)
     with quiet():
-        proto = _export(model, input_shape)
+        proto = _export(model, spec)
         _name_after_modules(proto.graph)
         if conversion is not None:
             proto = CONVERSIONS[conversion.kind](proto, conversion)
@@ -58,31 +59,33 @@ def write(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion
 
 
 class Session:
-    """A file in ONNX Runtime, on the CPU; called with samples (B, ...), it returns logits (B, K)."""
+    """A file in ONNX Runtime, on the CPU; called with its inputs, (B, ...) each, it returns logits (B, K)."""
 
     def __init__(self, path: Path, threads: Count) -> None:
         self._session = session.opened(path, session.options(threads))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        (logits,) = self._session.run([OUTPUT], {INPUT: x.numpy(force=True)})
+        self._names = [each.name for each in self._session.get_inputs()]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        given = {name: x.numpy(force=True) for name, x in zip(self._names, inputs, strict=True)}
+        (logits,) = self._session.run([OUTPUT], given)
         return torch.from_numpy(logits)
 
 
-def _export(model: nn.Module, input_shape: tuple[int, ...]) -> ModelProto:
+def _export(model: nn.Module, spec: DataSpec) -> ModelProto:
     if isinstance(model, CapturedNet):  # its graph knows the modules it came from; its forward hides them
         model.switch()
         model = model.code
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    example = torch.zeros(2, *input_shape, device=device)  # a batch of one would be taken for a constant
     try:
         program = torch.onnx.export(
             model,
-            (example,),
+            example(spec, 2, device),  # a batch of one would be taken for a constant
             dynamo=True,
             opset_version=OPSET,
-            input_names=[INPUT],
+            input_names=[each.name for each in spec.inputs],
             output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamic_shapes=dynamic(spec),
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
@@ -266,9 +269,9 @@ class ONNX(Format):
     place: ClassVar[int] = 0
 
     def write(
-        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
     ) -> None:
-        write(model, input_shape, path, conversion)
+        write(model, spec, path, conversion)
 
-    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+    def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:
         return Session(path, threads)

@@ -15,6 +15,7 @@ from espalier.compression.base import Conversion
 from espalier.config.ranges import Count
 from espalier.export import onnx
 from espalier.export.formats import Format, converting, draft, require_package, require_precision
+from espalier.spec import DataSpec
 
 
 class OpenVINO(Format):
@@ -31,7 +32,7 @@ class OpenVINO(Format):
         require_package(key, "openvino", "pip install 'espalier[openvino]'")
 
     def write(
-        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
     ) -> None:
         """Write graph (`.xml`) and weights (`.bin`, same name) for batches of any size."""
         require_precision("openvino", model)
@@ -40,11 +41,11 @@ class OpenVINO(Format):
             import openvino
 
             source = Path(folder) / "model.onnx"
-            onnx.write(model, input_shape, source, kept)
+            onnx.write(model, spec, source, kept)
             network = openvino.Core().read_model(source)
             openvino.save_model(network, target, compress_to_fp16=False)
 
-    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+    def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:
         return Session(path, threads)
 
 

@@ -12,9 +12,9 @@ import torch
 
 from espalier.data.loaders import Reader, Samples
 from espalier.data.module import pick
-from espalier.data.transforms import Normalise
+from espalier.data.transforms import NormaliseAll
 from espalier.export.deployed import Predict
-from espalier.export.preprocess import normalise
+from espalier.export.preprocess import prepared
 from espalier.learners.learner import Learner
 
 BATCH_SIZE = 64
@@ -67,16 +67,16 @@ class Gate:
 
 
 def compare(eager: Predict, exported: Predict, learner: Learner, samples: Samples | Reader) -> Parity:
-    """Run both networks on every raw sample; both take normalised samples (B, ...) on the CPU."""
+    """Run both networks on every raw sample; both take normalised inputs, (B, ...) each, on the CPU."""
     spec, metric = learner.spec, learner.monitor.replace("val/", "test/")
     metrics = [learner.new_metrics("test"), learner.new_metrics("test")]
-    in_torch = Normalise(spec, torch.device("cpu"))
+    in_torch = NormaliseAll(spec, torch.device("cpu"))
     difference, num_same, num_samples = torch.zeros(()), 0, 0
     with torch.no_grad():
         for index_B in torch.arange(len(samples)).split(BATCH_SIZE):
             raw = pick(samples, index_B)
-            ours_BK = eager(in_torch(raw.x)).float()
-            theirs_BK = exported(torch.from_numpy(normalise(spec, raw.x.numpy()))).float()
+            ours_BK = eager(*in_torch(raw.inputs)).float()
+            theirs_BK = exported(*(map(torch.from_numpy, prepared(spec, [x.numpy() for x in raw.inputs])))).float()
             difference = torch.maximum(difference, (ours_BK - theirs_BK).abs().max())  # unlike max(), it keeps a NaN
             num_same += learner.kind.num_same(ours_BK, theirs_BK)
             num_samples += len(raw)

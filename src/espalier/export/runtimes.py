@@ -11,6 +11,7 @@ from espalier.export import deployed, formats
 from espalier.export.bundle import Bundle
 from espalier.export.deployed import Deployable, Predict
 from espalier.profiling import cost
+from espalier.spec import DataSpec
 
 COUNTED = ("runtime", "params", "nonzero", "macs", "size_bytes")  # what a bundle says of each of its formats
 
@@ -47,9 +48,9 @@ def in_torch(network: nn.Module, strategy: Strategy) -> Predict:
     plugin, device = strategy.precision_plugin, strategy.root_device
     network = plugin.convert_module(network.eval()).to(device)
 
-    def predict(x: Tensor) -> Tensor:
+    def predict(*inputs: Tensor) -> Tensor:
         with plugin.forward_context():
-            return network(plugin.convert_input(x.to(device))).float().cpu()
+            return network(*(plugin.convert_input(x.to(device)) for x in inputs)).float().cpu()
 
     return predict
 
@@ -62,16 +63,16 @@ def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
 
 
 def of_network(
-    network: Deployable, name: str, shape: tuple[int, ...], folder: Path, threads: int
+    network: Deployable, name: str, spec: DataSpec, folder: Path, threads: int
 ) -> tuple[Row, Predict]:
     """Write a network into `folder` in one format; return its cost, and the network in that format, ready to run."""
     written = formats.named(name)
     path = folder / written.files[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    written.write(network.module, shape, path, network.conversion)
+    written.write(network.module, spec, path, network.conversion)
     row = {
         "runtime": written.runtime,
-        **cost.counts(network.trained, shape),
+        **cost.counts(network.trained, spec),
         "size_bytes": sum(cost.size_bytes(folder / file) for file in written.files),
     }
     return row, deployed.session(name, path, threads, deployed.is_dynamic(network.conversion))

@@ -14,6 +14,8 @@ from torch import nn
 
 from espalier.compression.base import Conversion
 from espalier.export.formats import DTYPES, Format, InPrecision, converting, draft
+from espalier.spec import DataSpec
+from espalier.signature import to_entry
 
 
 class Safetensors(Format):
@@ -23,7 +25,7 @@ class Safetensors(Format):
     precisions: ClassVar[Collection[str]] = tuple(DTYPES)
 
     def write(
-        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
     ) -> None:
         """Write every parameter and buffer under its name, and the shape of a sample as metadata.
 
@@ -32,6 +34,6 @@ class Safetensors(Format):
         if isinstance(model, InPrecision):
             model = model.model
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-        metadata = {"format": "pt", "input_shape": json.dumps(list(input_shape))}
+        metadata = {"format": "pt", **{key: json.dumps(value) for key, value in to_entry(spec).items()}}
         with converting("safetensors"), draft(path) as target:
             save_file(tensors, target, metadata)

@@ -19,6 +19,8 @@ from espalier.compression.base import Conversion
 from espalier.config.ranges import Count
 from espalier.export.formats import DTYPES, Format, converting, draft, on_cpu
 from espalier.trust.torch_program import require_harmless
+from espalier.spec import DataSpec
+from espalier.signature import dynamic, example
 
 
 class TorchExport(Format):
@@ -30,13 +32,13 @@ class TorchExport(Format):
     place: ClassVar[int] = 1
 
     def write(
-        self, model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: Conversion | None = None
+        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
     ) -> None:
         """Write the program for batches of any size; quantized values stay integers in the file, sums are float."""
         with converting("torch_export"), draft(path) as target:
-            torch.export.save(program(model, input_shape), target)
+            torch.export.save(program(model, spec), target)
 
-    def session(self, path: Path, threads: Count) -> Callable[[Tensor], Tensor]:
+    def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:
         return Session(path, threads)
 
 
@@ -55,23 +57,23 @@ class Session:
         self._threads = threads
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         with torch_threads(self._threads):
-            return self._program(x.cpu())
+            return self._program(*(x.cpu() for x in inputs))
 
 
 def program(
-    model: nn.Module, input_shape: tuple[int, ...], num_example: Count = 2, max_batch: Count | None = None
+    model: nn.Module, spec: DataSpec, num_example: Count = 2, max_batch: Count | None = None
 ) -> ExportedProgram:
     """Return the network as torch operators on batches of 1 to `max_batch`, without names of files, modules and lines.
 
     `num_example` is the size of the batch that torch follows through the network. It matters: torch remembers which
     kernel such a batch takes, and what executorch makes of a batch below 16 refuses 16 and more.
     """
-    shapes = None if max_batch == 1 else ({0: Dim("batch", min=1, max=max_batch)},)
-    example = torch.zeros(min(num_example, max_batch or num_example), *input_shape)
+    shapes = None if max_batch == 1 else dynamic(spec, max_batch)
+    inputs = example(spec, min(num_example, max_batch or num_example))
     with torch.no_grad():
-        exported = torch.export.export(on_cpu(model), (example,), dynamic_shapes=shapes)
+        exported = torch.export.export(on_cpu(model), inputs, dynamic_shapes=shapes)
     for part in exported.graph_module.modules():
         if isinstance(part, GraphModule):
             for node in part.graph.nodes:

@@ -12,6 +12,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from espalier.signature import example
+from espalier.spec import DataSpec
+
 FLOPS_PER_MAC = 2  # one multiplication, one addition
 
 
@@ -25,23 +28,23 @@ def count_nonzero(model: nn.Module) -> int:
     return sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Return the multiply-accumulates of one forward pass of one sample of `input_shape`, in evaluation mode.
+def count_macs(model: nn.Module, spec: DataSpec) -> int:
+    """Return the multiply-accumulates of one forward pass of one sample, in evaluation mode.
 
     Matrix products, convolutions and attention count, as in the literature; biases, norms and activations do not.
     The model keeps its training flags, its buffers and its device; no random number is drawn.
     """
     with counting(model) as counter:
-        model(torch.zeros(1, *input_shape, dtype=_dtype(model), device=_device(model)))
+        model(*example(spec, 1, _device(model), _dtype(model)))
     return counter.get_total_flops() // FLOPS_PER_MAC
 
 
-def counts(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+def counts(model: nn.Module, spec: DataSpec) -> dict[str, int]:
     """Return parameters, non-zeros and multiply-accumulates, by the names they have in a report."""
     return {
         "params": count_params(model),
         "nonzero": count_nonzero(model),
-        "macs": count_macs(model, input_shape),
+        "macs": count_macs(model, spec),
     }
 
 

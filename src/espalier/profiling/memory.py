@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from espalier.config.ranges import Count
+from espalier.signature import example
+from espalier.spec import DataSpec
 
 NUM_CALLS = 5  # allocators settle after the first two or three
 MAX_SECONDS = 600
@@ -52,10 +54,10 @@ def peak_bytes(prepare: Prepare, threads: Count) -> int:
     return int(done.stdout.split()[-1])
 
 
-def on_zeros(load: Callable[[], Callable[[torch.Tensor], Any]], shape: tuple[int, ...], device: torch.device) -> Load:
-    """Return a function that loads a network with `load`, and returns a call of it on zeros of that shape."""
-    x = torch.zeros(shape, device=device)
-    return lambda: partial(load(), x)
+def on_example(load: Callable[[], Callable[..., Any]], spec: DataSpec, num: Count, device: torch.device) -> Load:
+    """Return a function that loads a network with `load`, and returns a call of it on `num` samples without content."""
+    inputs = example(spec, num, device)
+    return lambda: partial(load(), *inputs)
 
 
 def tensor_bytes(module: torch.nn.Module) -> int:

@@ -88,15 +88,15 @@ def sources(run: Run) -> Iterator[Network]:
     names = [source.name if isinstance(source, Bundle) else deployed.name_of(source.history) for source in run.sources]
     folders = [RunFolder.of(source.path).path for source in run.sources]
     short = [comparison.name_of(folder) for folder in folders]
-    shape = run.data.spec.shape
+    spec = run.data.spec
     for source, name, folder, its_run in zip(run.sources, names, folders, short, strict=True):
         if names.count(name) > 1:
             name = f"{name}, {its_run if short.count(its_run) == 1 else folder}"
         if isinstance(source, Bundle):
-            yield Network(name, source.history, shape, source, None, None)
+            yield Network(name, source.history, spec, source, None, None)
         else:
             again = partial(rebuild, source.path)  # which travels to another process
-            yield Network(name, source.history, shape, None, networks.deployable(source), again)
+            yield Network(name, source.history, spec, None, networks.deployable(source), again)
 
 
 def rebuild(path: Path) -> nn.Module:
@@ -113,7 +113,7 @@ def measure(
         for each in ready:
             run.say(f"{each.row['name']}: metrics of the test split")
             each.row["metrics"] = deployed.score(benchmark_targets.predictor(each, max(batches)), run.learner, test)
-    yield from benchmark_targets.time(ready, next(iter(run.data.loader("test", is_whole=True))).x, batches, rounds)
+    yield from benchmark_targets.time(ready, next(iter(run.data.loader("test", is_whole=True))).inputs, batches, rounds)
 
 
 def describe_hardware(run: Run) -> str:

@@ -101,8 +101,8 @@ def prepared(run: Run, runtime: str, threads: Count) -> tuple[Row, Predict]:
     assert run.source is not None
     if runtime == TORCH:
         return run.cost(run.source.path), runtimes.in_torch(networks.trained(run.source), run.trainer.strategy)
-    network, shape = networks.deployable(run.source), run.data.spec.shape
-    row, predict = runtimes.of_network(network, runtime, shape, run.folder / "export", threads)
+    network = networks.deployable(run.source)
+    row, predict = runtimes.of_network(network, runtime, run.data.spec, run.folder / "export", threads)
     return {"name": run.cost(None)["name"], **row}, predict
 
 

@@ -17,7 +17,7 @@ from espalier.profiling import cost
 from espalier.reporting import provenance, report
 from espalier.run import Run
 from espalier.runs.run_folder import RunFolder
-from espalier.spec import Report
+from espalier.spec import OUTPUT, Report
 
 
 def export(
@@ -51,7 +51,7 @@ def export(
     network = networks.deployable(run.source)
     gate = parity.Gate(precision == "fp32" and not is_quantized(network.history), tolerance, agreement)
     shipped = formats.in_precision(network.module, precision)
-    counted = cost.counts(network.trained, run.data.spec.shape)
+    counted = cost.counts(network.trained, run.data.spec)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     draft = run.folder / ".export.partial"
@@ -78,7 +78,7 @@ def write(
     chosen = formats.named(name)
     run.say(f"writing {' and '.join(chosen.files)}")
     path = draft / chosen.files[0]
-    chosen.write(shipped, run.data.spec.shape, path, network.conversion)
+    chosen.write(shipped, run.data.spec, path, network.conversion)
     row: dict[str, Any] = {
         "runtime": chosen.runtime or "none",
         "metrics": {},
@@ -104,8 +104,8 @@ def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[
         "run": RunFolder.of(run.source.path).path.name,
         "data": run.data.spec.to_dict(),
         "preprocessing": {"formula": preprocess.FORMULA, "picture": preprocess.PICTURE},
-        "input": onnx.INPUT,
-        "output": onnx.OUTPUT,
+        "input": run.data.spec.inputs[0].name,
+        "output": OUTPUT,
         "precision": precision,
         "sample_by_sample": deployed.is_dynamic(network.conversion),
         "formats": {
