@@ -59,21 +59,17 @@ def _best(key: str, holds: str | Path) -> Path:
     return listing.best(key, LOGS)
 
 
-def begun(words: Sequence[str]) -> Path | None:
-    """Return what `resume=auto` stands for: the folder of `hydra.run.dir` if it can go on, None if all begins there.
+def begun(said: str) -> Path | None:
+    """Return what `resume=auto` stands for: the folder that `hydra.run.dir` says if it can go on, None if all begins.
 
     Raises:
-        ConfigError: the words name no such folder, or make it of other things than the environment.
+        ConfigError: it says none, or makes it of other things than the environment.
     """
     from omegaconf import OmegaConf  # here, as listing runs takes neither it nor Hydra
     from omegaconf.errors import OmegaConfBaseException
 
-    from espalier.config.overrides import unquoted
-
-    folders = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
-    if not folders:
+    if not said:
         raise ConfigError("resume=auto: needs a folder that is the same each time; add hydra.run.dir=FOLDER")
-    said = unquoted(folders[-1])
     if CHANGES.search(said):
         raise ConfigError(f"resume=auto: needs a folder that is the same each time, not hydra.run.dir={said}")
     try:
