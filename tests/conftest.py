@@ -6,16 +6,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from espalier.cli import entry, program
+from espalier.evaluation import error_figures
 from espalier.reporting import figures
-from helpers import forked
+from helpers import composing, forked
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
 
@@ -68,33 +71,43 @@ def command(words: Sequence[str], folder: Path, capfd: pytest.CaptureFixture[str
     return Outcome(code, out, err, folder)
 
 
-_drawn: dict[tuple[str, ...], bytes] = {}
+_drawn: dict[tuple[Any, ...], bytes] = {}
 
 
 def spare(patch: pytest.MonkeyPatch) -> None:
     """Take from a command inside the test process what costs half of its time and differs in no test.
 
-    Hydra composes once more to ask for `hydra.mode`, which is not set. Curves of the same metrics, and the confusion
-    matrix of the same classes, are drawn once in each test process, and copied. `launch` leaves both as they are.
+    Hydra composes once more to ask for `hydra.mode`, which is not set. Curves of the same metrics, the confusion matrix
+    of the same classes, as many errors, and figures of the same name with as many parts, are drawn once in each test
+    process, and copied. `launch` leaves all as it is.
     """
-    curves, confusion_matrix = figures.curves, figures.confusion_matrix
 
-    def draw(key: tuple[str, ...], target: Path, whole: Callable[[], None]) -> None:
+    def draw(key: tuple[Any, ...], target: Path, whole: Callable[[], None]) -> None:
         if key in _drawn:
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(_drawn[key])
         else:
             whole()
             _drawn[key] = target.read_bytes()
 
-    def curves_once(metrics_csv: Path, target: Path) -> None:
-        header = metrics_csv.read_text().partition("\n")[0]
-        draw(("curves", header), target, lambda: curves(metrics_csv, target))
+    def once(module: ModuleType, name: str, content: Callable[..., object]) -> None:
+        whole = getattr(module, name)
 
-    def matrix_once(counts_KK: torch.Tensor, class_names: Sequence[str], target: Path) -> None:
-        draw(("matrix", *class_names), target, lambda: confusion_matrix(counts_KK, class_names, target))
+        def draw_once(*given: Any) -> None:
+            draw((name, content(*given)), given[-1], lambda: whole(*given))
 
-    patch.setattr(figures, "curves", curves_once)
-    patch.setattr(figures, "confusion_matrix", matrix_once)
+        patch.setattr(module, name, draw_once)
+
+    once(figures, "curves", lambda metrics_csv, _: metrics_csv.read_text().partition("\n")[0])
+    once(figures, "confusion_matrix", lambda _counts, class_names, _: tuple(class_names))
+    once(error_figures, "errors", lambda _pictures, true, *_: len(true))
+    print_figure = FigureCanvasAgg.print_figure
+
+    def print_once(canvas: FigureCanvasAgg, file: str) -> None:
+        key = (Path(file).name, len(canvas.figure.axes))
+        draw(key, Path(file), lambda: print_figure(canvas, file))
+
+    patch.setattr(FigureCanvasAgg, "print_figure", print_once)
     if not any("hydra.mode=" in word for word in sys.argv):
         patch.setattr(Hydra, "get_mode", lambda hydra, config_name, overrides: None)
 
@@ -118,6 +131,7 @@ def launch_anew(folder: Path, *words: str, **environment: str) -> subprocess.Com
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    composing.share()
     if sys.platform == "linux" and forked.ADDRESS not in os.environ:  # the workers of pytest-xdist share one
         server = forked.server()
         server.__enter__()

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from conftest import Command, command
+from espalier.config import compose
+from espalier.validate import prepare
 from helpers import forked
 from test_resume import CrashError, crash_at, tensors
 
@@ -38,6 +40,17 @@ def report(run: Path) -> dict[str, Any]:
 
 def content(run: Path, name: str = "best") -> dict[str, Any]:
     return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def test_every_rank_returns_what_a_sweep_optimises(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each rank of a trial has a sweeper of its own, and all of them have to choose the same trial next."""
+    words = [f"source={source}", "compression=[prune_magnitude]", *SHORT, "trainer.max_epochs=1"]
+    for module in ("espalier.run", "espalier.tasks.compress"):
+        monkeypatch.setattr(f"{module}.is_first_rank", lambda: False)
+    returned = prepare(compose.compose(["task=compress", *words]), words, tmp_path, "compress").perform()
+    [best] = (tmp_path / "checkpoints").glob("best*")
+    state = torch.load(best, weights_only=True)["callbacks"]
+    assert returned == next(each["best_model_score"] for name, each in state.items() if "BestAndLast" in name)
 
 
 RELOAD = """

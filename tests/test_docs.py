@@ -156,9 +156,9 @@ def test_a_documented_command_passes_the_check(text: str):
         assert "-p" not in flags or any(name in cfg for name in flags)
         stored = OmegaConf.to_container(composed("task=train"), resolve=True)
         if cfg.source:
-            cfg = inherit.from_source(cfg, stored, trial, may_change=MAY_CHANGE.get(task, ()))
+            cfg = inherit.from_source(cfg, stored, overrides.parse(trial), may_change=MAY_CHANGE.get(task, ()))
         if cfg.resume not in (None, "auto"):
-            cfg = inherit.from_resumed(cfg, stored, trial)
+            cfg = inherit.from_resumed(cfg, stored, overrides.parse(trial))
         check.check(cfg)
         check_recipe([*cfg.compression], [])
 

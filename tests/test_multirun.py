@@ -1,11 +1,13 @@
 """A run folder and a W&B run per trial, a table at the end, and no trial that fails stops another."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from conftest import QUICK, Command
+from espalier.cli import job
 
 WORDS = ("train", "-m", "model=mlp", "model.hidden=[16]", "trainer.max_epochs=1", "callbacks=[checkpoint,monitor]")
 
@@ -63,16 +65,29 @@ def test_each_trial_is_a_wandb_run_of_its_own(espalier: Command, monkeypatch: py
     assert not (done.folder / "wandb").exists()
 
 
-def test_sweeps_return_the_monitored_metric(espalier: Command, monkeypatch: pytest.MonkeyPatch):
-    from espalier.cli import job
-
-    returned = []
+@pytest.fixture
+def returned(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """What a sweeper is told of the runs of this process."""
+    values: list[float | None] = []
     carry_out = job.carry_out
-    monkeypatch.setattr(job, "carry_out", lambda cfg: returned.append(carry_out(cfg)) or returned[-1])
-    done = espalier(*WORDS[:1], *WORDS[2:], *QUICK)
+    monkeypatch.setattr(job, "carry_out", lambda cfg: values.append(carry_out(cfg)) or values[-1])
+    return values
+
+
+@pytest.mark.parametrize("words", [(), ("debug=fast",)])
+def test_sweeps_return_the_monitored_metric(espalier: Command, returned: list[float | None], words: tuple[str, ...]):
+    """Of a run for debugging too, whose report names none, as it is no result."""
+    done = espalier(*WORDS[:1], *WORDS[2:], *QUICK, *words)
     assert done.code == 0
-    [note] = report(done.run)["notes"]
-    assert note.endswith(f"{returned[0]:.4f}")
+    with (done.run / "metrics.csv").open() as file:
+        [validated] = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row.get("val/accuracy")]
+    assert returned == [pytest.approx(validated, abs=1e-6)]
+    assert (report(done.run)["monitored"] is None) == bool(words)
+
+
+def test_a_sweep_is_told_nothing_of_a_run_that_chose_no_checkpoint(espalier: Command, returned: list[float | None]):
+    done = espalier(*WORDS[:1], *WORDS[2:], "logger=[]", "callbacks=[monitor]", "debug=fast")
+    assert (done.code, returned) == (0, [None]), done.err
 
 
 def test_a_sweep_that_shall_go_on_by_itself_is_told_what_does(espalier: Command):

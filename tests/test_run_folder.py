@@ -155,7 +155,7 @@ def test_resume_auto_is_decided_once_more_when_the_folder_is_locked(
 ):
     """Another process has begun and ended between the look for a checkpoint and the lock."""
 
-    def begun(words: list[str]) -> None:
+    def begun(said: str) -> None:
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
 
     whole = ownership.locked
@@ -249,6 +249,16 @@ def test_what_a_message_says_to_type_can_be_typed(tmp_path: Path, name: str):
     assert settled("task=train", word)["resume"] == str(run)
     [word] = shlex.split(overrides.typed("data.path", name))
     assert settled("task=train", word)["data.path"] == name
+
+
+@pytest.mark.parametrize("before", ["", "+", "++"])
+def test_a_run_is_found_however_its_key_is_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str):
+    run = trained(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    resumed = settled("task=train", f"{before}resume=run")
+    assert (resumed["resume"], resumed["hydra.run.dir"]) == (str(run), str(run))
+    assert settled("task=train", f"{before}resume=auto", f"{before}hydra.run.dir=run")["hydra.run.dir"] == str(run)
+    assert settled("task=evaluate", f"{before}source=run")["source"] == str(run)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import launch
-from espalier.config import compose, inherit, redaction
+from espalier.config import compose, inherit, overrides, redaction
 from espalier.errors import ConfigError
 from helpers.secrets import CONTROL, FROM_VARIABLE, IN_DOTENV, IN_ENVIRONMENT, LOGIN, TYPED, contents, forms, found
 
@@ -102,7 +102,8 @@ def test_a_run_that_goes_on_takes_its_secret_from_the_command_line_again(monkeyp
     word = "+callbacks.login.token=${oc.env:MY_TOKEN}"
     stored = redaction.scrub_tree(OmegaConf.to_container(compose.compose([word]), resolve=True))
     assert stored["callbacks"]["login"]["token"] == redaction.HIDDEN
-    resumed = inherit.from_resumed(compose.compose(["resume=RUN", word]), stored, ["resume=RUN", word])
+    words = ["resume=RUN", word]
+    resumed = inherit.from_resumed(compose.compose(words), stored, overrides.parse(words))
     assert resumed.callbacks.login.token == TYPED
 
 

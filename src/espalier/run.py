@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ class Run(Parts):
         return "trainer" in self.__dict__ and self.trainer.global_step > 0
 
     def perform(self) -> float | None:
-        """Carry out the task; return what a sweep optimises: the monitored metric of the best checkpoint of a training.
+        """Carry out the task; return the objective of its report, which a sweep optimises.
 
         Raises:
             EspalierError: memory or disk did not suffice, or the training diverged.
@@ -43,11 +44,8 @@ class Run(Parts):
         try:
             with shortage.explained(self.folder, self.cfg.data):
                 self._introduce()
-                instantiate(self.cfg.task, _partial_=True)(self)
-                if not self.has_trained:
-                    return None
-                trainer.discard_stopped(self.trainer)
-                return self.best_score
+                done = instantiate(self.cfg.task, _partial_=True)(self)
+                return done.objective if isinstance(done, Report) else None
         except StoppedError:
             if self.cfg.requeue and is_first_rank():
                 requeue()
@@ -93,11 +91,6 @@ class Run(Parts):
         self.data.tested_split = split
         [values] = self.trainer.test(self.learner, self.data, ckpt_path=weights, verbose=False)
         return {name.replace("test/", f"{split}/"): value for name, value in values.items()}
-
-    @property
-    def best_score(self) -> float | None:
-        """Return the monitored metric of the best checkpoint, or None if nothing was saved."""
-        return trainer.best_score(self.trainer)
 
     @property
     def monitored(self) -> dict[str, Any] | None:
@@ -153,16 +146,23 @@ class Run(Parts):
     def publish(
         self, rows: list[dict[str, Any]], notes: Sequence[str], ratios: dict[str, float] | None = None
     ) -> Report:
-        """Report what was measured: files, figures, loggers, and the table that the user sees."""
+        """Report what was measured: files, figures, loggers, and the table that the user sees.
+
+        What is no result is stored without the metric that its checkpoint was chosen by, so nothing compares it.
+        """
         source = str(self.sources[0].path) if self.sources else None
         found = self.data.notes if "data" in self.__dict__ else []
         warnings = [f"no result: {self.cfg.no_result}"] if self.cfg.no_result else []
-        chosen = self.monitored if self.has_trained and not warnings else None
+        chosen = self.monitored if self.has_trained else None
         said = [*warnings, *notes, *found]
         done = Report(self.task, str(self.folder), source, self.cfg.seed, rows, ratios or {}, said, chosen)
         if is_first_rank():
             kind = self.learner.kind if "learner" in self.__dict__ else None
             tables = self.learner.measured.get("test", {}) if kind else {}
-            results.draw(done, self.folder, {name.removeprefix("test/"): table for name, table in tables.items()}, kind)
-            results.publish(done, self.folder, self.loggers, self.data.spec.name if "data" in self.__dict__ else "")
+            tables = {name.removeprefix("test/"): table for name, table in tables.items()}
+            stored = replace(done, monitored=None) if warnings else done
+            results.draw(stored, self.folder, tables, kind)
+            results.publish(stored, self.folder, self.loggers, self.data.spec.name if "data" in self.__dict__ else "")
+            if self.has_trained:
+                trainer.discard_stopped(self.trainer)
         return done

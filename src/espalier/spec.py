@@ -258,6 +258,11 @@ class Report:
     monitored: dict[str, Any] | None = None  # metric, mode and value by which a training chose its best checkpoint
     schema: int = 1
 
+    @property
+    def objective(self) -> float | None:
+        """What a sweep optimises; None where no training chose a checkpoint."""
+        return self.monitored["value"] if self.monitored else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain types only, `schema` first."""
         return {"schema": self.schema, **{key: value for key, value in asdict(self).items() if key != "schema"}}

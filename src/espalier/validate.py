@@ -18,7 +18,7 @@ from espalier.compression.base import check_recipe
 from espalier.config import inherit, redaction
 from espalier.config.check import check
 from espalier.config.conf_dir import TRAINS
-from espalier.config.overrides import check_lists, typed
+from espalier.config.overrides import check_lists, parse, typed
 from espalier.errors import ConfigError
 from espalier.export import bundle
 from espalier.export.bundle import Bundle
@@ -48,7 +48,8 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
     Raises:
         ConfigError: one line per problem.
     """
-    check_lists(words)
+    overrides = parse(words)
+    check_lists(overrides)
     redaction.refuse_written(OmegaConf.to_container(cfg))
     _check_interpolations(cfg)
     _check_combination(cfg, task)
@@ -56,12 +57,12 @@ def prepare(cfg: DictConfig, words: Sequence[str], folder: Path, task: str) -> R
     resumed = None
     if cfg.source and task != "report":  # which reads reports, no networks
         sources = [_source(each, task) for each in references.split(cfg.source)]
-        cfg = inherit.from_source(cfg, sources[0].config, words, may_change=MAY_CHANGE.get(task, ()))
+        cfg = inherit.from_source(cfg, sources[0].config, overrides, may_change=MAY_CHANGE.get(task, ()))
     if cfg.resume:
         resumed = checkpoint.load_run("resume", cfg.resume, run_folder.RESUMED)
         metadata.require_state("resume", resumed.path, resumed.content)
         check_stored(OmegaConf.create(resumed.config), said=cfg)
-        cfg = inherit.from_resumed(cfg, resumed.config, words)
+        cfg = inherit.from_resumed(cfg, resumed.config, overrides)
         _check_position(cfg.trainer, resumed)
         task = str(cfg.task._target_).rpartition(".")[2]  # goes on as what it was
         sources = [_source(str(cfg.source), task)] if task == "compress" else []

@@ -8,6 +8,7 @@ from annotated_types import Ge
 from omegaconf import OmegaConf
 
 from espalier.config import check, compose, conf_dir, inherit, overrides
+from espalier.config.overrides import parse
 from espalier.config.ranges import Count, Positive, Rate
 from espalier.errors import ConfigError
 from espalier.trust import targets
@@ -196,27 +197,29 @@ def test_a_source_brings_its_network_and_data_but_not_its_trainer():
 
 def test_knobs_of_the_data_stay_open_and_the_network_closed():
     stored = OmegaConf.to_container(STORED)
-    now = inherit.from_source(compose.compose(["data.batch_size=8"]), stored, ["data.batch_size=8"], may_change=())
+    words = ["data.batch_size=8"]
+    now = inherit.from_source(compose.compose(words), stored, parse(words), may_change=())
     assert (now.data.batch_size, now.model.hidden) == (8, [7])
     with pytest.raises(ConfigError, match=r"^model\.hidden=\[9\]: model comes from source"):
-        inherit.from_source(compose.compose(["model=mlp"]), stored, ["model.hidden=[9]"], may_change=())
+        inherit.from_source(compose.compose(["model=mlp"]), stored, parse(["model.hidden=[9]"]), may_change=())
 
 
 def test_a_warm_start_may_choose_another_data_set_and_keeps_the_model():
     words = ["data=synthetic_images", "data.num_classes=3"]
-    now = inherit.from_source(compose.compose(words), OmegaConf.to_container(STORED), words, may_change=inherit.NETWORK)
+    stored = OmegaConf.to_container(STORED)
+    now = inherit.from_source(compose.compose(words), stored, parse(words), may_change=inherit.NETWORK)
     assert (now.data.num_classes, now.model.hidden) == (3, [7])
     assert now.data._target_ == "espalier.data.synthetic_images.SyntheticImages"
 
 
 def test_a_resumed_run_keeps_everything_but_what_the_trainer_is_told():
     words = ["trainer.max_epochs=9", "resume=somewhere"]
-    now = inherit.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), words)
+    now = inherit.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), parse(words))
     assert (now.trainer.max_epochs, now.model.hidden, now.seed, now.resume) == (9, [7], 5, "somewhere")
     with pytest.raises(ConfigError, match=r"^seed=6: resume continues"):
-        inherit.from_resumed(compose.compose(["seed=6"]), OmegaConf.to_container(STORED), ["seed=6"])
+        inherit.from_resumed(compose.compose(["seed=6"]), OmegaConf.to_container(STORED), parse(["seed=6"]))
 
 
 def test_repeating_what_a_resumed_run_was_configured_with_is_no_error():
     words = ["model=mlp", "model.hidden=[7]", "seed=5"]
-    assert inherit.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), words).seed == 5
+    assert inherit.from_resumed(compose.compose(words), OmegaConf.to_container(STORED), parse(words)).seed == 5

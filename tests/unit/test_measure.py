@@ -227,8 +227,8 @@ def test_the_table_of_trials_shows_what_differs_and_how_each_ended(tmp_path):
     done.mkdir()
     report.write(sample_report(), done)
     finished = [
-        (done, ["model=cnn", "optimizer.lr=0.1"], report.DONE),
-        (tmp_path / "1", ["model=cnn", "optimizer.lr=9"], "loss became NaN at step 3"),
+        (done, {"model": "cnn", "optimizer.lr": "0.1"}, report.DONE),
+        (tmp_path / "1", {"model": "cnn", "optimizer.lr": "9"}, "loss became NaN at step 3"),
     ]
     text = shown(report.trials(finished), width=120)
     assert "optimizer.lr" in text
@@ -240,15 +240,16 @@ def test_the_table_of_trials_shows_what_differs_and_how_each_ended(tmp_path):
 
 
 def test_a_long_reason_in_a_table_of_trials_takes_no_width_from_the_numbers(tmp_path):
-    words = [f"optimizer.lr={rate}" for rate in ("0.0001234", "0.0005678")]
+    rates = ("0.0001234", "0.0005678")
     reason = "data.batch_size=5000: on 2 devices makes a global batch of 5000, but there are only 1151 samples; " * 2
     finished = [
-        (tmp_path / str(place), [word, f"data.path=/data/a/folder/{place}"], reason) for place, word in enumerate(words)
+        (tmp_path / str(place), {"optimizer.lr": rate, "data.path": f"/data/a/folder/{place}"}, reason)
+        for place, rate in enumerate(rates)
     ]
     for width in (80, 100):
         text = shown(report.trials(finished), width=width)
-        for word in (*words, "data.path=/data/a/folder/0"):
-            assert text.count(word.partition("=")[2]) == 1, text
+        for value in (*rates, "/data/a/folder/0"):
+            assert text.count(value) == 1, text
         assert "".join(text.split()).count("global") == 4
 
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from espalier.api.answers import Answers, answers
 from espalier.api.samples import Given, raw_samples
-from espalier.cli.entry import refuse_unsafe_loading
 from espalier.errors import ConfigError, require
 from espalier.reporting import report
 from espalier.runs import references, run_folder
 from espalier.runs.run_folder import RunFolder
 from espalier.spec import DataSpec
+from espalier.trust import archive
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +86,7 @@ def _of_bundle(folder: Path) -> Loaded:
 
 
 def _of_checkpoint(path: Path) -> Loaded:
-    refuse_unsafe_loading()
+    archive.refuse_unsafe_loading()
     import torch
 
     from espalier.composition import networks

@@ -16,13 +16,13 @@ from espalier.config import conf_dir, redaction
 from espalier.errors import ConfigError, EspalierError
 from espalier.processes import launch, launchers, signals
 from espalier.reporting import terminal
+from espalier.trust import archive
 
 TAKES_VALUE = frozenset(
     {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i"}
 )
 FLAGS = TAKES_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version"}
 NAME = "espalier"  # of the command and of the package that is installed
-UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def main() -> None:
@@ -122,17 +122,18 @@ def compose_and_run() -> int:
     import hydra
 
     from espalier.cli import folders
-    from espalier.config import compose
+    from espalier.config import compose, overrides
 
-    refuse_unsafe_loading()
+    archive.refuse_unsafe_loading()
     flags, words = _split_flags(sys.argv[1:])
     redaction.refuse(words)
-    if "resume=auto" in words and {"-m", "--multirun"} & set(flags):
+    if ("resume", "auto") in map(overrides.pair, words) and {"-m", "--multirun"} & set(flags):
         raise ConfigError(
             "resume=auto: goes on with one run, and -m starts several; use one command per trial, each with its own "
             "hydra.run.dir=FOLDER resume=auto"
         )
-    words = folders.settle(words, _task_of(words))
+    task = _task_of(words)
+    words = folders.settle(words, task)
     sys.argv[1:] = [*flags, *words]  # argparse takes no overrides on both sides of a flag
     multirun = bool({"-m", "--multirun"} & set(flags))
     if multirun:
@@ -140,8 +141,8 @@ def compose_and_run() -> int:
             raise ConfigError(
                 f"{shown.pop()}: shows the configuration of one run; drop -m, and say one value of each key"
             )
-        _check_trials(words)
-    folders.require_unused(words, multirun=multirun)
+        _check_trials(words, task)
+    folders.require_unused(words, task, multirun=multirun)
     job.ended.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit 1; we translate and choose the code
     application = hydra.main(config_path=str(conf_dir.CONF), config_name="config", version_base="1.3")(job.carry_out)
@@ -156,13 +157,6 @@ def compose_and_run() -> int:
     if job.ended and job.ended[-1].error:
         raise job.ended[-1].error
     return 0
-
-
-def refuse_unsafe_loading() -> None:
-    """Raise `ConfigError` if the environment tells torch to run whatever a checkpoint holds."""
-    value = os.environ.get(UNSAFE, "")
-    if value.lower() in ("1", "y", "yes", "true"):  # as torch reads it
-        raise ConfigError(f"{UNSAFE}={value}: makes torch run code out of checkpoints; unset it")
 
 
 def _split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -185,12 +179,11 @@ def _task_of(words: Sequence[str]) -> str:
     return next((word.removeprefix("task=") for word in words if word.startswith("task=")), "train")
 
 
-def _check_trials(words: Sequence[str]) -> None:
+def _check_trials(words: Sequence[str], task: str) -> None:
     """Compose every value of a sweep before the first trial starts."""
     from espalier.config import compose, overrides
 
     problems: dict[str, None] = {}
-    task = _task_of(words)
     for trial in overrides.trials(words):
         try:
             trainer = compose.compose(trial).trainer

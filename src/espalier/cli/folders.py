@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from espalier.config import conf_dir, inherit
-from espalier.config.overrides import folder_word, open_to_any, quoted, unquoted
+from espalier.config.overrides import folder_word, open_to_any, pair, quoted, unquoted
 from espalier.errors import ConfigError
 from espalier.processes import launch, launchers
 from espalier.runs import ownership, references, run_folder
@@ -23,11 +23,12 @@ _may_begin_again = False  # resume=auto: what ended before its first checkpoint 
 def settle(words: Sequence[str], task: str) -> list[str]:
     """Make the paths of RUNs absolute, so that all ranks agree on them, and send a resumed run to its own folder."""
     global _may_begin_again
-    _may_begin_again = "resume=auto" in words
+    said = dict(map(pair, words))
+    _may_begin_again = said.get("resume") == "auto"
     if _may_begin_again:
-        begun = references.begun(words)
-        dropped = ("resume=", "source=") if begun else ("resume=",)  # a run that goes on has its source's weights
-        words = [word for word in words if not word.startswith(dropped)]
+        begun = references.begun(unquoted(said.get("hydra.run.dir", "")))
+        dropped = ("resume", "source") if begun else ("resume",)  # a run that goes on has its source's weights
+        words = [word for word in words if pair(word)[0] not in dropped]
         words += [f"resume={quoted(str(begun))}"] if begun else []
     settled = list(words)
     holds = (
@@ -37,8 +38,7 @@ def settle(words: Sequence[str], task: str) -> list[str]:
         if task == "report"
         else run_folder.CHECKPOINTS
     )
-    for place, word in enumerate(words):
-        key, _, value = word.partition("=")
+    for place, (key, value) in enumerate(map(pair, words)):
         if key == "resume" and value not in ("", "null"):
             path = references.find(key, unquoted(value)).resolve()
             path = RunFolder.of(path).path if path.is_file() else path
@@ -55,14 +55,14 @@ def settle(words: Sequence[str], task: str) -> list[str]:
             settled[place] = f"{key}={','.join(map(quoted, several))}"
         if key in FOLDERS:
             settled[place] = folder_word(key, value)
-    said = {key for key, _, value in (word.partition("=") for word in words) if value not in ("", "null")}
-    if "resume" in said:
+    given = {key for key, value in map(pair, words) if value not in ("", "null")}
+    if "resume" in given:
         settled = open_to_any(settled, (*inherit.NETWORK, *inherit.METHODS))
-    elif "source" in said and task != "report":
+    elif "source" in given and task != "report":
         settled = open_to_any(settled, inherit.NETWORK)
     if launchers.rank() > 0:
         settled.append("hydra/job_logging=none")
-        if not any(word.startswith("hydra.run.dir=") for word in words):  # torchrun, SLURM: rank 0 owns the folder
+        if "hydra.run.dir" not in said:  # torchrun, SLURM: rank 0 owns the folder
             own = tempfile.mkdtemp(prefix="espalier_rank_")
             atexit.register(shutil.rmtree, own, ignore_errors=True)
             settled += [f"{key}={quoted(own)}" for key in FOLDERS]
@@ -77,14 +77,14 @@ def _find(source: str, holds: str | Path) -> Path:
     return remote.fetch("source", source)
 
 
-def require_unused(words: Sequence[str], *, multirun: bool) -> None:
+def require_unused(words: Sequence[str], task: str, *, multirun: bool) -> None:
     """Refuse a folder that another run has filled, before Hydra writes there; `owned` checks again under the lock."""
-    said = dict(word.split("=", 1) for word in words if "=" in word)
+    said = dict(map(pair, words))
     folder = Path(unquoted(said.get(FOLDERS[multirun], "")))
     if said.get("resume", "null") not in ("", "null") or not folder.is_dir() or folder == Path():
         return
     for each in [trial for trial in folder.iterdir() if trial.is_dir()] if multirun else [folder]:
-        _refuse_used(each, said.get("task", "train"), is_trial=multirun)
+        _refuse_used(each, task, is_trial=multirun)
 
 
 def owned(folder: Path, task: str, *, is_resumed: bool, is_trial: bool) -> AbstractContextManager[None]:

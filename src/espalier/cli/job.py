@@ -152,9 +152,11 @@ def _discard_if_empty(folder: Path) -> None:
 
 def report_trials() -> int:
     """Print the table of a sweep; return its exit code."""
+    from espalier.config import overrides
     from espalier.reporting import report
 
-    terminal.console().print(report.trials([(trial.folder, trial.words, trial.outcome) for trial in ended]))
+    finished = [(trial.folder, dict(map(overrides.pair, trial.words)), trial.outcome) for trial in ended]
+    terminal.console().print(report.trials(finished))
     return TRIALS_FAILED if any(trial.error for trial in ended) else 0
 
 

@@ -101,13 +101,7 @@ def discard_stopped(trainer: L.Trainer) -> None:
 
 def monitored(trainer: L.Trainer) -> dict[str, Any] | None:
     """Return name, direction and value of the metric that the best checkpoint was chosen by, or None."""
-    keeper, score = trainer.checkpoint_callback, best_score(trainer)
-    if score is None or not isinstance(keeper, ModelCheckpoint):
+    keeper = trainer.checkpoint_callback
+    if not isinstance(keeper, ModelCheckpoint) or keeper.best_model_score is None:
         return None
-    return {"metric": keeper.monitor, "mode": keeper.mode, "value": score}
-
-
-def best_score(trainer: L.Trainer) -> float | None:
-    """Return the monitored metric of the best checkpoint, or None if nothing was saved."""
-    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
-    return None if score is None else float(score)
+    return {"metric": keeper.monitor, "mode": keeper.mode, "value": float(keeper.best_model_score)}

@@ -13,14 +13,13 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from espalier.config.conf_dir import CONF, groups
 from espalier.config.hints import PLUGINS, advice, keys, missing_plugin, names_in, nearest
-from espalier.config.overrides import malformed
+from espalier.config.overrides import malformed, parse
 from espalier.errors import ConfigError
 
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)  # what composing raises
@@ -88,7 +87,7 @@ def diagnose(overrides: Sequence[str], error: Exception) -> list[str]:
 def _explain(text: str, good: Sequence[str], why: Exception) -> str:
     if isinstance(why, OverrideParseException):
         return malformed(text)
-    override = OverridesParser.create().parse_override(text)
+    [override] = parse([text])
     key = str(override.key_or_group)
     if isinstance(why, MissingConfigException) and key in PLUGINS:
         return f"{text}: {missing_plugin(key, str(override.value()))}"

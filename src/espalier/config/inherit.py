@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from espalier.config import redaction
 from espalier.config.compose import RunConfig
-from espalier.config.overrides import FORCED, parse
+from espalier.config.overrides import FORCED
 from espalier.errors import ConfigError
 
 BATCHES = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches", "val_check_interval")  # may follow
@@ -21,7 +21,7 @@ METHODS = ("optimizer", "scheduler", "compression", "callbacks", "logger")  # wh
 
 
 def from_source(
-    cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str], *, may_change: Sequence[str]
+    cfg: DictConfig, stored: Mapping[str, Any], overrides: Sequence[Override], *, may_change: Sequence[str]
 ) -> DictConfig:
     """Return `cfg` with data, model and learner of the source; settings of the data may still be changed.
 
@@ -30,7 +30,6 @@ def from_source(
     Raises:
         ConfigError: the command line changes a group that the source decides.
     """
-    overrides = parse(words)
     chosen = {_group(word) for word in overrides if "." not in word.key_or_group}
     fixed = [
         f"{_said(word)}: {_group(word)} comes from source and cannot change; drop it, or train a new run"
@@ -54,7 +53,7 @@ def from_source(
     return result
 
 
-def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
+def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], overrides: Sequence[Override]) -> DictConfig:
     """Return the stored config of a run that resumes; only the trainer and stored secrets may differ from it.
 
     Raises:
@@ -65,7 +64,6 @@ def from_resumed(cfg: DictConfig, stored: Mapping[str, Any], words: Sequence[str
     except OmegaConfBaseException as error:
         raise ConfigError(f"resume={cfg.resume}: its configuration is wrong: {str(error).splitlines()[0]}") from error
     problems = []
-    overrides = parse(words)
     for word in sorted(overrides, key=lambda word: _group(word) != "strategy"):
         group = _group(word)
         if group == "strategy":

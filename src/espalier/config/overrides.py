@@ -55,6 +55,18 @@ def typed(key: str, value: object) -> str:
     return shlex.quote(f"{key}={text if is_plain else quoted(text)}")
 
 
+def retyped(word: str) -> str:
+    """Return a word that Hydra has read as one types it into a shell."""
+    key, value = pair(word)
+    return typed(key, unquoted(value)) if key in TEXTS else shlex.quote(word)
+
+
+def pair(word: str) -> tuple[str, str]:
+    """Return key and value of a word as they are written, whether or not Hydra can read it; `++KEY` is KEY."""
+    key, _, value = word.partition("=")
+    return key.lstrip("+"), value
+
+
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Return command-line words as Hydra reads them.
 
@@ -72,7 +84,7 @@ def open_to_any(overrides: Sequence[str], names: Sequence[str]) -> list[str]:
 
     Another run decides which options they have, not the defaults of this one; `inherit.py` and `check.py` judge them.
     """
-    chosen = {word.partition("=")[0] for word in overrides}
+    chosen = {key for key, _ in map(pair, overrides)}
     prefixes = tuple(f"{name}." for name in names if not {name, "experiment"} & chosen)
     return [f"{FORCED}{word}" if word.startswith(prefixes) and "=" in word else word for word in overrides]
 
@@ -88,10 +100,10 @@ def malformed(text: str) -> str:
     return f"{text}: not of the form KEY=VALUE{hint}"
 
 
-def check_lists(overrides: Sequence[str]) -> None:
+def check_lists(overrides: Sequence[Override]) -> None:
     """Raise `ConfigError` if a list of options names one twice: Hydra would take it once, without a word."""
     problems = []
-    for word in parse(overrides):
+    for word in overrides:
         value = word.value()
         if word.key_or_group in groups() and isinstance(value, list):
             problems += [

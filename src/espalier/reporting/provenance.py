@@ -3,7 +3,6 @@
 import hashlib
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ def collect() -> dict[str, Any]:
 def paragraph(origin: Mapping[str, Any], data: str, when: datetime) -> str:
     """Return what `collect` found as a sentence of Markdown: command, date, data, versions, hardware."""
     task, *words = [word.removeprefix("task=") for word in origin["command"][1:] or ["?"]]
-    typed = " ".join(["espalier", task, *map(_typed, words)]).replace("`", "'")
+    typed = " ".join(["espalier", task, *map(overrides.retyped, words)]).replace("`", "'")
     commit, hardware = origin["git"], origin["hardware"]
     changed = ", changed" if commit and commit["dirty"] else ""
     at = f" ({commit['commit'][:7]}{changed})" if commit else ""
@@ -51,11 +50,6 @@ def paragraph(origin: Mapping[str, Any], data: str, when: datetime) -> str:
         f"Made by `{typed}`, {when:%Y-%m-%d %H:%M}{f', on {data}' * bool(data)}; {versions}{at}, "
         f"Python {origin['python']}; {devices}."
     )
-
-
-def _typed(word: str) -> str:
-    key, equals, value = word.partition("=")
-    return overrides.typed(key, overrides.unquoted(value)) if equals and key in overrides.TEXTS else shlex.quote(word)
 
 
 def git(folder: Path) -> dict[str, Any] | None:

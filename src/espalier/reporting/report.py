@@ -25,7 +25,7 @@ MAX_METRICS = 3  # in the table of a multirun, beside the overrides; the rest is
 MISSING = "-"
 DONE = "done"
 
-Trial = tuple[Path, Sequence[str], str]  # run folder, its overrides `key=value`, DONE or why it failed
+Trial = tuple[Path, Mapping[str, str], str]  # run folder, its overrides, DONE or why it failed
 
 
 def write(report: Report, folder: Path, made: str = "") -> None:
@@ -83,7 +83,7 @@ def markdown(report: Report, made: str = "") -> str:
 def trials(finished: Sequence[Trial]) -> Table:
     """Return a table with a row per trial: the overrides that differ, key metrics, and how it ended."""
     folders = [folder for folder, _, _ in finished]
-    overrides = [dict(word.split("=", 1) for word in words if "=" in word) for _, words, _ in finished]
+    overrides = [chosen for _, chosen, _ in finished]
     reports = [read(folder) if (folder / JSON_NAME).exists() else None for folder in folders]
     changing = [key for key in _keys(overrides) if len({chosen.get(key) for chosen in overrides}) > 1]
     measured = [done.rows[-1].get("metrics", {}) if done and done.rows else {} for done in reports]

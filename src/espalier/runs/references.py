@@ -62,23 +62,19 @@ def _best(key: str, holds: str | Path) -> Path:
     return listing.best(key, LOGS)
 
 
-def begun(words: Sequence[str]) -> Path | None:
+def begun(said: str) -> Path | None:
     """Return the folder to resume for `resume=auto`, or None if the run is new.
 
-    That is the folder of `hydra.run.dir`, if it can be resumed.
+    That is the folder that `said`, the value of `hydra.run.dir`, names, if it can be resumed.
 
     Raises:
-        ConfigError: the words name no such folder, or build its name from more than the environment.
+        ConfigError: it names no folder, or builds its name from more than the environment.
     """
     from omegaconf import OmegaConf  # here, as listing runs takes neither it nor Hydra
     from omegaconf.errors import OmegaConfBaseException
 
-    from espalier.config.overrides import unquoted
-
-    folders = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
-    if not folders:
+    if not said:
         raise ConfigError("resume=auto: needs a folder that is the same each time; add hydra.run.dir=FOLDER")
-    said = unquoted(folders[-1])
     if CHANGES.search(said):
         raise ConfigError(f"resume=auto: needs a folder that is the same each time, not hydra.run.dir={said}")
     try:

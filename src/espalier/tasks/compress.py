@@ -16,10 +16,10 @@ from espalier.spec import Report
 from espalier.strategies.collective import is_first_rank
 
 
-def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Count], threads: Count) -> Report | None:
+def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Count], threads: Count) -> Report:
     """Apply the recipe, fine-tune, export source and result to ONNX, and measure both on the whole test split.
 
-    A drop of the learner's metric beyond `max_drop` is marked in the report. Ranks other than the first return None.
+    A drop of the learner's metric beyond `max_drop` is marked in the report. Ranks other than the first report no row.
 
     Raises:
         ConfigError: no source, or no recipe.
@@ -32,7 +32,7 @@ def compress(run: Run, max_drop: NonNegative, scan: bool, batches: Sequence[Coun
     notes = list(scan_source(run)) if scan and is_first_rank() else []
     weights = run.fit()
     if not is_first_rank():
-        return None
+        return run.publish([], ())
     assert weights is not None
     artifacts = list(export(run, run.source, load("source", weights)))
     test = run.data.loader("test", is_whole=True)

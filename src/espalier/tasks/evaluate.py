@@ -37,11 +37,11 @@ def evaluate(
     epsilon: Positive | None,
     predictions: Literal["csv", "parquet"] | None,
     threads: Count,
-) -> Report | None:
+) -> Report:
     """Measure the source on a split, in torch or as exported; metrics are named `test/...` or `val/...` as in training.
 
     `runtime` None is torch for a checkpoint, and for a bundle what `predictors.choose` takes. `epsilon` is the largest
-    change of a value by an attack at severity 5. Ranks other than the first return None.
+    change of a value by an attack at severity 5. Ranks other than the first report no row.
 
     Raises:
         ConfigError: no source, or something that it, its data or this machine does not have.
@@ -51,7 +51,7 @@ def evaluate(
     run.record()
     metrics = run.measure(split) if chosen == TORCH else {}
     if not is_first_rank():
-        return None
+        return run.publish([], ())
     row, predict = prepared(run, chosen, threads)
     found = answers.collect(predict, run.data.spec, run.data.loader(split, is_whole=True))
     row["metrics"] = metrics or score(run, split, found)

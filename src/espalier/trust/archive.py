@@ -5,6 +5,7 @@ whose names leave the folder, that share bytes or expand, and a directory that t
 Only the directory is read here. `weights_only=True` refuses what runs code.
 """
 
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from espalier.errors import ConfigError
 
+UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # makes torch read every file as if it came with weights_only=False
 START = b"PK\x03\x04"  # of a file that torch does not read in its old way, a pickle after a pickle
 END = struct.Struct("<4s4H2LH")  # appnote 4.3.16, without a comment
 WIDE_END = struct.Struct("<4sQ2H2L4Q")  # 4.3.14, of files beyond 4 GiB
@@ -20,6 +22,13 @@ WIDE_LOCATOR = struct.Struct("<4sLQL")  # 4.3.15
 MAX_MEMBERS = 500_000  # tensors
 MAX_PICKLE_BYTES = 256 * 2**20  # of data.pkl, which holds no tensor: 200 bytes for each
 PART = re.compile(r"(?!\.{1,2}$)[^\\:\0-\x1f]+")  # of a name
+
+
+def refuse_unsafe_loading() -> None:
+    """Raise `ConfigError` if the environment tells torch to run whatever a checkpoint holds."""
+    value = os.environ.get(UNSAFE, "")
+    if value.lower() in ("1", "y", "yes", "true"):  # as torch reads it
+        raise ConfigError(f"{UNSAFE}={value}: makes torch run code out of checkpoints; unset it")
 
 
 def require_safe(key: str, path: Path) -> None:
