@@ -1,6 +1,7 @@
 """A training that diverges ends at that step, with exit code 4 and weights that are still finite."""
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_loss_above_where_it_began_is_worth_one_warning(espalier: Command, mon
 def test_memory_that_does_not_suffice_is_said_in_a_line(
     espalier: Command, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ):
-    def objective(self: Learner, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
+    def objective(self: Learner, inputs: Sequence[Tensor], output: Tensor, y: Tensor) -> Tensor:
         if error:
             raise error
         return torch.empty(10**15)

@@ -33,7 +33,9 @@ DIGITS = {  # lines on a pad of 320 x 320
     "7": [[(90, 50), (230, 50), (140, 280)]],
     "4": [[(180, 40), (90, 190), (240, 190)], [(195, 110), (190, 280)]],
 }
-TABLE = DataSpec("table", (3,), scale=1.0, mean=(1.0, 2.0, 3.0), std=(1.0, 1.0, 1.0), target_mean=10.0, target_std=2.0)
+TABLE = DataSpec.single(
+    "table", (3,), scale=1.0, mean=(1.0, 2.0, 3.0), std=(1.0, 1.0, 1.0), target_mean=10.0, target_std=2.0
+)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from espalier.spec import DataSpec
 from helpers.server import Server, endless_bundle, linear_bundle, serving
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
-SPEC = DataSpec("pictures", (1, 2, 2), scale=16.0, mean=(0.0,), std=(1.0,), class_names=("dark", "bright"))
+SPEC = DataSpec.single("pictures", (1, 2, 2), scale=16.0, mean=(0.0,), std=(1.0,), class_names=("dark", "bright"))
 WEIGHT = np.array([[0.0, 1.0]] * 4) - np.array([[0.5, 0.0]])  # the more light, the brighter
 REQUESTS = Path(__file__).parents[1] / "scripts" / "chaos" / "requests.py"
 DARK, BRIGHT = [[[0, 0], [0, 0]]], [[[16, 16], [16, 16]]]

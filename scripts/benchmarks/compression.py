@@ -151,7 +151,7 @@ def exported(folder: Path, name: str, *words: str) -> Path:
         history.append(entry)
     with torch.no_grad():
         model.train()(samples_of(run))  # statistics of norms, ranges of quantizers
-    onnx.write(finalize(model, history), run.data.spec.shape, folder / f"{name}.onnx")
+    onnx.write(finalize(model, history), run.data.spec, folder / f"{name}.onnx")
     return folder / f"{name}.onnx"
 
 
@@ -212,9 +212,8 @@ def peers(folder: Path) -> None:
         run = prepare(
             compose(["task=evaluate", f"source={start}", *QUIET]), [f"source={start}"], Path(name), "evaluate"
         )
-        shape = run.data.spec.shape
         files = {"fp32": Path(name) / "fp32.onnx"}
-        onnx.write(networks.trained(stored).eval(), shape, files["fp32"])
+        onnx.write(networks.trained(stored).eval(), run.data.spec, files["fp32"])
         files["ONNX Runtime static PTQ"] = ort_static(
             files["fp32"], run.data.samples(512).x, Path(name) / "static.onnx"
         )
@@ -253,7 +252,7 @@ def torch_pruning_alone(run: Run, stored: checkpoint.Checkpoint, target: Path) -
         trainer.fit(run.learner, run.data)
         best = torch.load(keeper.best_model_path, weights_only=True)["state_dict"]
         run.learner.load_state_dict(best)
-    onnx.write(run.learner.model.eval(), run.data.spec.shape, target)
+    onnx.write(run.learner.model.eval(), run.data.spec, target)
     return target
 
 

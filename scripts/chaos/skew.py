@@ -103,7 +103,7 @@ def spec_of(channels: int) -> DataSpec:
     names = tuple(f"pixel {number}" for number in range(channels * SIDE * SIDE))
     shape = (channels, SIDE, SIDE)
     background = pictures.colour(BACKGROUND)
-    return DataSpec("skew", shape, 255.0, (0.0,) * channels, (1.0,) * channels, names, background=background)
+    return DataSpec.single("skew", shape, 255.0, (0.0,) * channels, (1.0,) * channels, names, background=background)
 
 
 def asked(server: Server, route: str, content: bytes) -> Any:

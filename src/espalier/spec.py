@@ -133,7 +133,7 @@ class DataSpec:
     @property
     def is_plain(self) -> bool:
         """Return whether a sample is one tensor of numbers of a fixed shape."""
-        return len(self.inputs) == 1 and not self.inputs[0].is_tokens and INPUT == self.inputs[0].name
+        return len(self.inputs) == 1 and not self.inputs[0].is_tokens and self.inputs[0].name == INPUT
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ class DataSpec:
         return self.num_classes or 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types only, as checkpoints and bundles store them: the arguments of `single` where it made it."""
+        """Return plain types only, as checkpoints and bundles store them; the arguments of `single` where it can be."""
         if self.is_plain:
             names = inspect.signature(DataSpec.single).parameters
             return {name: _plain(getattr(self, name)) for name in names}
@@ -214,7 +214,9 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _checked(key: str, stored: Mapping[str, Any], made: Callable[..., Any], without: Sequence[str] = ()) -> dict[str, Any]:
+def _checked(
+    key: str, stored: Mapping[str, Any], made: Callable[..., Any], without: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return stored values as the arguments that `made` takes, once each is known, there and of its type."""
     taken = {name: each for name, each in inspect.signature(made).parameters.items() if name not in without}
     wrong = [name for name, value in stored.items() if name not in taken or not _fits(value, taken[name].annotation)]

@@ -112,7 +112,7 @@ def test_what_was_applied_is_rebuilt_to_the_last_bit_and_exported(
     assert torch.equal(expected, logits(again, x))
     if not is_exported:
         return
-    onnx.write(deployed, run.data.spec.shape, tmp_path / "model.onnx", conversion(stored["history"]))
+    onnx.write(deployed, run.data.spec, tmp_path / "model.onnx", conversion(stored["history"]))
     exported = onnx.Session(tmp_path / "model.onnx", threads=1)(x)
     assert (exported - expected).abs().max() <= tolerance(method) * expected.abs().max()
 

@@ -20,7 +20,7 @@ def batches(kind: str) -> list[Batch]:
     """Samples of a kind in its sizes, away from black and white."""
     draw, y_B = torch.Generator().manual_seed(3), torch.tensor([1.0, -1.0]).repeat(3)
     uniform = [torch.rand(len(y_B), *shape, generator=draw) for shape in SHAPES[kind]]
-    return [Batch(0.1 + 0.6 * x if kind == "images" else 2 * x - 1, y_B, INDEX_B) for x in uniform]
+    return [Batch.single(0.1 + 0.6 * x if kind == "images" else 2 * x - 1, y_B, INDEX_B) for x in uniform]
 
 
 def logistic(x: Tensor, y_B: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def test_a_sample_is_harmed_alike_in_any_batch_whatever_was_drawn_before(name: s
         whole = harmed(name, kind, batch, 5)
         torch.manual_seed(99)
         order = torch.tensor([3, 0, 5, 1, 4, 2])
-        shuffled = harmed(name, kind, Batch(*(each[order] for each in batch)), 5)
-        pieces = [harmed(name, kind, Batch(*(each[[place]] for each in batch)), 5) for place in range(len(INDEX_B))]
+        shuffled = harmed(name, kind, Batch.single(batch.x[order], batch.y[order], batch.index[order]), 5)
+        pieces = [harmed(name, kind, part, 5) for part in batch.split(1)]
         assert torch.allclose(shuffled, whole[order], atol=1e-6)
         assert torch.allclose(torch.cat(pieces), whole, atol=1e-6)
         assert torch.equal(harmed(name, kind, batch, 5), whole)

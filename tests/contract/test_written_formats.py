@@ -11,6 +11,7 @@ from espalier.errors import ConfigError
 from espalier.export import formats
 from espalier.models.cnn import CNN
 from espalier.models.mlp import MLP
+from espalier.spec import of_shape
 
 SHAPE = (1, 8, 8)
 TOLERANCE = 1e-3  # of a logit: that of the export task
@@ -36,7 +37,9 @@ def test_it_writes_the_files_that_it_names_and_its_runtime_answers_as_torch(name
     except ConfigError as missing:
         pytest.skip(str(missing))
     path = tmp_path / chosen.files[0]
-    chosen.write(model, SHAPE, path, Conversion("dynamic", 8) if "dynamic" not in chosen.conversions else None)
+    chosen.write(
+        model, of_shape(SHAPE), path, Conversion("dynamic", 8) if "dynamic" not in chosen.conversions else None
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(chosen.files)
     if chosen.runtime is None:
         return

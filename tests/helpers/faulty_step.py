@@ -1,6 +1,6 @@
 """A training whose loss or gradient is spoilt at one step; for the tests and for scripts/chaos/."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Overflow(torch.autograd.Function):
 def harmed(whole: Objective, step: int, harm: str) -> Objective:
     """`Learner.objective`, spoilt at this optimizer step, counted from 1: `gradient`, or a number such as `nan`."""
 
-    def objective(self: Learner, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
-        loss = whole(self, x, output, y)
+    def objective(self: Learner, inputs: Sequence[Tensor], output: Tensor, y: Tensor) -> Tensor:
+        loss = whole(self, inputs, output, y)
         if self.trainer.global_step + 1 != step:
             return loss
         return Overflow.apply(loss) if harm == "gradient" else loss * float(harm)

@@ -11,7 +11,7 @@ from espalier.errors import ConfigError
 from espalier.spec import DataSpec
 from espalier.trust import archive, metadata
 
-SPEC = DataSpec("digits", (1, 8, 8), 16.0, (0.3,), (0.4,), ("a", "b"), (3, 4)).to_dict()
+SPEC = DataSpec.single("digits", (1, 8, 8), 16.0, (0.3,), (0.4,), ("a", "b"), (3, 4)).to_dict()
 
 
 def credible(beside: dict[str, Any] | None = None, **changes: Any) -> None:

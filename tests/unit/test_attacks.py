@@ -87,9 +87,9 @@ def test_severities_are_one_to_sixteen_levels_of_eight_bits():
 
 
 def test_an_attack_on_normalised_images_moves_pixels_by_epsilon():
-    spec = DataSpec("made up", (1, 2, 2), 255.0, (0.3,), (0.2,), ("a", "b"))
+    spec = DataSpec.single("made up", (1, 2, 2), 255.0, (0.3,), (0.2,), ("a", "b"))
     pixels = torch.full((4, 1, 2, 2), 0.5)
-    batch = Batch((pixels - 0.3) / 0.2, Y_B, torch.arange(4))
+    batch = Batch.single((pixels - 0.3) / 0.2, Y_B, torch.arange(4))
 
     def loss(x: Tensor, y_B: Tensor) -> Tensor:
         return logistic(x.flatten(1), y_B)

@@ -15,7 +15,7 @@ from espalier.errors import ConfigError
 from espalier.export import bundle, preprocess
 from espalier.spec import DataSpec
 
-SPEC = DataSpec("pictures", (3, 2, 4), 255.0, (0.1, 0.5, 0.7), (0.3, 0.2, 0.9), ("cat", "dog"), (5, 6))
+SPEC = DataSpec.single("pictures", (3, 2, 4), 255.0, (0.1, 0.5, 0.7), (0.3, 0.2, 0.9), ("cat", "dog"), (5, 6))
 CONTENT = {
     "name": "fp32",
     "data": SPEC.to_dict(),
@@ -135,12 +135,12 @@ def test_numpy_normalises_bit_equal_to_training(dtype: type):
 
 
 def test_numpy_normalises_tables_per_feature():
-    spec = DataSpec("table", (2,), 1.0, (1.0, 10.0), (2.0, 5.0))
+    spec = DataSpec.single("table", (2,), 1.0, (1.0, 10.0), (2.0, 5.0))
     assert preprocess.normalise(spec, np.array([[3.0, 0.0]])).tolist() == [[1.0, -2.0]]
 
 
 def test_a_picture_becomes_raw_values_in_the_channels_size_and_unit_of_the_data():
-    spec = DataSpec("digits", (1, 8, 8), 16.0, (0.3,), (0.4,), ("0", "1"))
+    spec = DataSpec.single("digits", (1, 8, 8), 16.0, (0.3,), (0.4,), ("0", "1"))
     white = preprocess.raw_of(spec, Image.new("RGB", (100, 30), (255, 255, 255)))
     assert white.shape == (1, 8, 8)
     assert np.all(white == 16)

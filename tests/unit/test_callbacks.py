@@ -28,7 +28,7 @@ from espalier.errors import ConfigError
 from espalier.models.resnet import ResNet
 from espalier.profiling.cost import count_macs, count_params
 from espalier.runs.checkpoint import CheckpointIO
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, of_shape
 
 CONF = Path(__file__).parents[2] / "conf"
 CALLS_PER_STEP = 25  # what a watching callback may cost
@@ -61,7 +61,7 @@ class Batches:
             yield self.batch
 
 
-SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("a", "b", "c"), (1, 1, 1))
+SPEC = DataSpec.single("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("a", "b", "c"), (1, 1, 1))
 
 
 class Net(L.LightningModule):
@@ -69,7 +69,7 @@ class Net(L.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-        self.example_input_array = torch.zeros(2, 4)
+        self.example_input_array = (torch.zeros(2, 4),)
         self.last_loss: Tensor | None = None
         self.validated: list[Tensor] = []
 
@@ -436,7 +436,7 @@ def test_watching_costs_few_calls_per_step(tmp_path, watcher):
 
 def test_the_summary_shows_shapes_parameters_and_macs_of_each_part():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(8 * 6 * 6, 10)))
-    whole, convolution, head = parts(model, torch.zeros(1, 3, 8, 8), depth=1)
+    whole, convolution, head = parts(model, [torch.zeros(1, 3, 8, 8)], depth=1)
     assert (convolution.name, convolution.kind, convolution.output_shape) == ("0", "Conv2d", (8, 6, 6))
     assert (convolution.params, convolution.macs) == (3 * 9 * 8 + 8, 36 * 27 * 8)
     assert (head.params, head.macs, head.output_shape) == (288 * 10 + 10, 2880, (10,))
@@ -445,22 +445,22 @@ def test_the_summary_shows_shapes_parameters_and_macs_of_each_part():
 
 def test_depth_decides_how_far_the_summary_looks_in():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 1))
-    assert [part.name for part in parts(model, torch.zeros(1, 2), depth=1)] == ["", "0", "1"]
-    assert [part.name for part in parts(model, torch.zeros(1, 2), depth=2)] == ["", "0", "0.0", "0.1", "1"]
+    assert [part.name for part in parts(model, [torch.zeros(1, 2)], depth=1)] == ["", "0", "1"]
+    assert [part.name for part in parts(model, [torch.zeros(1, 2)], depth=2)] == ["", "0", "0.0", "0.1", "1"]
 
 
 def test_the_summary_lists_no_part_that_is_neither_called_nor_has_parameters():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     model[0].observer = nn.Identity()
-    assert [part.name for part in parts(model, torch.zeros(1, 2), depth=2)] == ["", "0", "1"]
+    assert [part.name for part in parts(model, [torch.zeros(1, 2)], depth=2)] == ["", "0", "1"]
 
 
 def test_the_summary_of_a_graph_lists_its_layers_without_quantizers_and_claims_no_macs_for_them():
     network = ResNet((1, 8, 8), 10, 8, "cifar", None, 8, "relu", "batch", 0.0)
     params = {name: count_params(module) for name, module in network.named_children()}
-    macs = count_macs(network, (1, 8, 8))
-    graph = prepare(capture(network, (1, 8, 8)), OnnxRuntimeQuantizer([]))
-    whole, *layers = parts(graph, torch.zeros(1, 1, 8, 8), depth=1)
+    macs = count_macs(network, of_shape((1, 8, 8)))
+    graph = prepare(capture(network, of_shape((1, 8, 8))), OnnxRuntimeQuantizer([]))
+    whole, *layers = parts(graph, [torch.zeros(1, 1, 8, 8)], depth=1)
     assert (whole.kind, whole.macs, whole.output_shape) == ("ResNet as a graph", macs, (10,))
     assert {part.name: part.params for part in layers} == {name: num for name, num in params.items() if num}
     assert [part.cells[-1] for part in layers] == [""] * 3

@@ -12,7 +12,7 @@ from espalier.runs import checkpoint
 from espalier.runs.checkpoint import Checkpoint, CheckpointIO
 from espalier.spec import DataSpec
 
-SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("no", "yes"), (3, 5))
+SPEC = DataSpec.single("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("no", "yes"), (3, 5))
 CONFIG = {"model": {"_target_": "espalier.models.mlp.MLP", "hidden": [3]}, "seed": 0}
 
 

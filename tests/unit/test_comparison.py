@@ -14,7 +14,7 @@ from espalier.errors import ConfigError
 from espalier.profiling import memory
 from espalier.reporting import comparison, figures, page, pareto, report
 from espalier.reporting.pareto import Point
-from espalier.spec import Report
+from espalier.spec import Report, of_shape
 
 NASTY = '<script>alert("1")</script> | **bold** `tick`'
 MB = 1_000_000
@@ -252,7 +252,7 @@ def test_a_name_out_of_a_file_is_shown_as_text_in_markdown(tmp_path: Path):
 
 def linear(width: int) -> memory.Prepare:
     layer = partial(torch.nn.Linear, width, width, bias=False)
-    return partial(memory.on_zeros, layer, (1, abs(width)), torch.device("cpu"))
+    return partial(memory.on_example, layer, of_shape((abs(width),)), 1, torch.device("cpu"))
 
 
 def test_the_peak_of_a_process_is_what_was_loaded_in_it():

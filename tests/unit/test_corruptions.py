@@ -28,7 +28,7 @@ BASE = base.__name__
 
 
 def corrupted(name: str, x: torch.Tensor, severity: int, seed: int, index_B: torch.Tensor) -> torch.Tensor:
-    batch = Batch(x, torch.zeros(len(x)), index_B)
+    batch = Batch.single(x, torch.zeros(len(x)), index_B)
     return base.named(name).harm(batch, severity, Setting("images" if x.ndim == 4 else "tables", seed))
 
 
@@ -103,21 +103,21 @@ def test_small_images_take_the_strengths_of_cifar_and_large_ones_those_of_imagen
 
 
 def spec(shape: tuple[int, ...], mean: tuple[float, ...], std: tuple[float, ...]) -> DataSpec:
-    return DataSpec("made up", shape, 255.0, mean, std, ("a", "b"))
+    return DataSpec.single("made up", shape, 255.0, mean, std, ("a", "b"))
 
 
 def test_normalised_images_are_harmed_as_pixels_and_normalised_again():
     of_images = spec((2, 4, 4), (0.2, 0.4), (0.1, 0.5))
     pixels = images(3, 2, 4, 4)
     normalise = Normalise(of_images, torch.device("cpu"))
-    batch = Batch(normalise.of_scaled(pixels), torch.zeros(3), torch.arange(3))
+    batch = Batch.single(normalise.of_scaled(pixels), torch.zeros(3), torch.arange(3))
     [found] = harmed([batch], "contrast", 2, of_images, 0, None, None)
     expected = normalise.of_scaled(contrast(pixels, 0.5))
     assert torch.allclose(found.x, expected, atol=1e-5)
 
 
 def test_tables_are_harmed_in_standard_deviations():
-    batch = Batch(torch.zeros(500, 40), torch.zeros(500), torch.arange(500))
+    batch = Batch.single(torch.zeros(500, 40), torch.zeros(500), torch.arange(500))
     of_tables = spec((40,), (5.0,) * 40, (20.0,) * 40)
     [found] = harmed([batch], "noise", 5, of_tables, 0, None, None)
     assert float(found.x.std()) == pytest.approx(0.5, rel=0.02)

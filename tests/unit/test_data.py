@@ -255,7 +255,7 @@ class Measured(DataModule):
     def load(self) -> Splits:
         mean, std = statistics(self.table.x, scale=1.0)
         names = () if self.table.y.is_floating_point() else ("no", "yes")
-        spec = DataSpec("measured", (self.table.x.shape[1],), 1.0, mean, std, names)
+        spec = DataSpec.single("measured", (self.table.x.shape[1],), 1.0, mean, std, names)
         return Splits(spec, self.table, self.table, self.table)
 
 

@@ -13,9 +13,9 @@ from espalier.data.loaders import Batch
 from espalier.export import conclusions, deployed, onnx
 from espalier.learners.classifier import Classifier
 from espalier.models.mlp import MLP
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, of_shape
 
-SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("a", "b", "c"), (1, 1, 1))
+SPEC = DataSpec.single("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("a", "b", "c"), (1, 1, 1))
 
 
 def learner(model: nn.Module) -> Classifier:
@@ -35,8 +35,8 @@ def test_a_network_is_named_after_what_it_has_been_through():
 def test_the_exported_file_scores_what_a_count_by_hand_scores(tmp_path: Path):
     torch.manual_seed(0)
     model = MLP((4,), 3, [8], "relu", "none", 0.0)
-    test = [Batch(torch.randn(5, 4), torch.randint(3, (5,)), torch.arange(5)) for _ in range(3)]
-    artifact = deployed.export("fp32", model, [], (4,), tmp_path / "deep" / "model.onnx")
+    test = [Batch.single(torch.randn(5, 4), torch.randint(3, (5,)), torch.arange(5)) for _ in range(3)]
+    artifact = deployed.export("fp32", model, [], of_shape((4,)), tmp_path / "deep" / "model.onnx")
     [measured] = deployed.measure([artifact], learner(model), test, batches=[1, 7], threads=1)
     correct = sum(int((model(batch.x).argmax(1) == batch.y).sum()) for batch in test)
     assert measured["metrics"]["test/accuracy"] == pytest.approx(correct / 15)
@@ -56,8 +56,8 @@ def test_masks_count_as_zeros_and_are_gone_from_the_file(tmp_path: Path):
             if name.endswith("bias"):
                 parameter.fill_(1)
     history = [{"method": "prune_nm", "names": ["layers.linear1.weight"], "dense": []}]
-    artifact = deployed.export("pruned", model, history, (4,), tmp_path / "model.onnx")
-    test = [Batch(torch.randn(2, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2))]
+    artifact = deployed.export("pruned", model, history, of_shape((4,)), tmp_path / "model.onnx")
+    test = [Batch.single(torch.randn(2, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2))]
     [measured] = deployed.measure([artifact], learner(model), test, batches=[1], threads=1)
     assert measured["params"] - measured["nonzero"] == 16
     assert "0.239 of all parameters are zero" in conclusions.zeros(measured, artifact)
@@ -68,7 +68,7 @@ def test_a_dynamic_network_is_scored_sample_by_sample_so_that_no_sample_changes_
     torch.manual_seed(0)
     model = MLP((4,), 3, [64], "relu", "none", 0.0)
     history = [{"method": "qat", "mode": "dynamic", "target": "onnxruntime", "skip": [], "input_shape": [4]}]
-    artifact = deployed.export("qat", replay(model, history), history, (4,), tmp_path / "model.onnx")
+    artifact = deployed.export("qat", replay(model, history), history, of_shape((4,)), tmp_path / "model.onnx")
     session = onnx.Session(artifact.path, threads=1)
     x = torch.randn(1, 4)
     beside_a_giant = torch.cat([x, torch.full((1, 4), 1000.0)])
@@ -101,4 +101,4 @@ def test_slower_is_said_for_each_row_and_batch_beyond_the_noise():
 
 def test_latency_of_a_wider_network_is_larger():
     narrow, wide = (MLP((64,), 10, [width], "relu", "none", 0.0).eval() for width in (8, 4096))
-    assert deployed.latency_ms(narrow, (64,)) < deployed.latency_ms(wide, (64,))
+    assert deployed.latency_ms(narrow, of_shape((64,))) < deployed.latency_ms(wide, of_shape((64,)))

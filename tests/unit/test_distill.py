@@ -26,12 +26,12 @@ from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
 from espalier.optim.schedules import constant
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, of_shape
 from espalier.targets.metrics import distillation
 
 SHAPE = (1, 8, 8)
-SPEC = DataSpec("toy", SHAPE, 1.0, (0.0,), (1.0,), tuple("0123456789"), (10,) * 10)
-NUMBERS = DataSpec("toy", (5,), 1.0, (0.0,) * 5, (1.0,) * 5, target_mean=30.0, target_std=4.0)
+SPEC = DataSpec.single("toy", SHAPE, 1.0, (0.0,), (1.0,), tuple("0123456789"), (10,) * 10)
+NUMBERS = DataSpec.single("toy", (5,), 1.0, (0.0,) * 5, (1.0,) * 5, target_mean=30.0, target_std=4.0)
 KNOBS: dict[str, Any] = {
     "teacher": "source",
     "weight": 0.9,
@@ -194,11 +194,11 @@ def test_the_objective_is_the_weighted_sum_written_out(is_captured: bool):
     teacher, student = resnet(8, seed=1).eval(), resnet(4).eval()
     method = distill(teacher, weight=0.6, feature_weight=0.3, attention_weight=5.0, **BOTH)
     student, _ = method.apply_to(student)
-    learner = classifier(capture(student, SHAPE) if is_captured else student)
+    learner = classifier(capture(student, of_shape(SHAPE)) if is_captured else student)
     dice = torch.Generator().manual_seed(3)
     x_BCHW, y_B = torch.randn(6, *SHAPE, generator=dice), torch.randint(10, (6,), generator=dice)
     method.on_fit_start(L.Trainer(logger=False), learner)
-    value = learner.objective(x_BCHW, learner.eval()(x_BCHW), y_B)
+    value = learner.objective([x_BCHW], learner.eval()(x_BCHW), y_B)
     ours, theirs = layers(student, x_BCHW), layers(teacher, x_BCHW)
     soft_BK = (theirs[-1] / 4).softmax(1)
     expected = 0.4 * learner.loss(ours[-1], y_B)
@@ -231,7 +231,7 @@ def test_a_regression_learns_from_the_square_of_the_distance_to_the_teacher():
     output_B1 = learner(x_BD)
     to_label = (output_B1[:, 0] - (y_B - 30) / 4).abs().mean()
     to_teacher = (output_B1 - teacher(x_BD)).square().mean()
-    torch.testing.assert_close(learner.objective(x_BD, output_B1, y_B), 0.75 * to_label + 0.25 * to_teacher)
+    torch.testing.assert_close(learner.objective([x_BD], output_B1, y_B), 0.75 * to_label + 0.25 * to_teacher)
 
 
 def test_a_student_comes_closer_to_its_teacher_than_labels_bring_it():

@@ -15,6 +15,7 @@ from espalier.explain.base import Setting
 from espalier.explain.selection import choose
 from espalier.models.cnn import CNN
 from espalier.models.vit import ViT
+from espalier.spec import of_shape
 
 WEIGHT = torch.tensor([[0.5, -2.0, 0.0, 1.0], [3.0, 1.0, -1.0, 0.25]])
 X, BASELINE = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.5, 0.0, 0.0, 2.0])
@@ -111,7 +112,7 @@ def test_grad_cam_of_a_captured_graph_is_that_of_the_modules():
     model, x = small_cnn(), torch.rand(1, 8, 8)
     setting = GRAD_CAM.prepare(model, x, SETTING)
     expected = base.attribute("grad_cam", model, x, 2, setting)
-    graph = capture(model, (1, 8, 8)).eval()
+    graph = capture(model, of_shape((1, 8, 8))).eval()
     assert GRAD_CAM.prepare(graph, x, SETTING).layer == setting.layer == "features.conv2"
     assert expected.max() > 0
     assert torch.allclose(base.attribute("grad_cam", graph, x, 2, setting), expected, atol=1e-6)

@@ -28,10 +28,10 @@ from espalier.models.cnn import CNN
 from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, of_shape
 
 SHAPE = (1, 8, 8)
-SPEC = DataSpec("noise", SHAPE, 1.0, (0.0,), (1.0,), tuple("abcdefghij"))
+SPEC = DataSpec.single("noise", SHAPE, 1.0, (0.0,), (1.0,), tuple("abcdefghij"))
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 FORMATS = tuple(formats.names())
 RUN = [name for name in FORMATS if name != "safetensors"]
@@ -89,7 +89,7 @@ def masked() -> nn.Module:
 
 def samples(num: int) -> Batch:
     x = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(1))[:num]
-    return Batch(x, torch.arange(num) % 10, torch.arange(num))
+    return Batch.single(x, torch.arange(num) % 10, torch.arange(num))
 
 
 def int8(target: str = "onnxruntime") -> nn.Module:
@@ -120,7 +120,7 @@ def written(name: str, model: nn.Module, folder: Path) -> Path:
     """The file that a session opens."""
     module = require(name)
     path = folder / module.files[0]
-    module.write(model, SHAPE, path)
+    module.write(model, of_shape(SHAPE), path)
     return path
 
 
@@ -195,7 +195,7 @@ def test_weights_in_8_bits_are_kept_by_the_formats_that_say_so(name: str, tmp_pa
     module, model = require(name), seen(mlp)
     assert "weight_only" in module.conversions
     path = tmp_path / module.files[0]
-    module.write(model, SHAPE, path, Conversion("weight_only", 8, 32))
+    module.write(model, of_shape(SHAPE), path, Conversion("weight_only", 8, 32))
     assert_equal(module.session(path, 1), model, 0.02)
     weights = path if name == "onnx" else path.with_suffix(".bin")
     assert weights.stat().st_size < 2 * sum(parameter.numel() for parameter in model.parameters())
@@ -205,7 +205,7 @@ def test_weights_in_8_bits_are_kept_by_the_formats_that_say_so(name: str, tmp_pa
 def test_what_a_format_does_not_convert_stays_in_float(name: str, tmp_path: Path):
     module, model = require(name), seen(mlp)
     path = tmp_path / module.files[0]
-    module.write(model, SHAPE, path, Conversion("dynamic", 8))
+    module.write(model, of_shape(SHAPE), path, Conversion("dynamic", 8))
     assert "dynamic" not in module.conversions
     assert_equal(module.session(path, 1), model, 1e-6)
 
@@ -220,7 +220,7 @@ def test_a_network_that_decides_by_values_is_refused_in_one_line_and_the_old_fil
     path = tmp_path / module.files[0]
     path.write_text("old")
     with pytest.raises(ConfigError, match=r"^(task\.format=|export: ).*\)") as refused:
-        module.write(Undecided().eval(), SHAPE, path)
+        module.write(Undecided().eval(), of_shape(SHAPE), path)
     assert "\n" not in str(refused.value)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "old"
@@ -291,7 +291,7 @@ def test_a_format_without_kernels_for_16_bits_names_those_that_have_them(name: s
         rf"^task\.precision=bf16: {name} does not run .* these do: torch_export, aotinductor, executorch, safetensors$"
     )
     with pytest.raises(ConfigError, match=line):
-        formats.named(name).write(InPrecision(seen(cnn), torch.bfloat16), SHAPE, tmp_path / "model")
+        formats.named(name).write(InPrecision(seen(cnn), torch.bfloat16), of_shape(SHAPE), tmp_path / "model")
 
 
 def test_integers_are_not_cast_to_16_bits():

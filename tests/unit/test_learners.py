@@ -26,7 +26,7 @@ COUNTS = (10, 20, 30, 40, 50, 60, 70)
 
 def spec(**changes: Any) -> DataSpec:
     whole = {"name": "toy", "shape": (5,), "scale": 1.0, "mean": (0.0,) * 5, "std": (1.0,) * 5}
-    return DataSpec(**(whole | changes))
+    return DataSpec.single(**(whole | changes))
 
 
 CLASSES = spec(class_names=tuple("abcdefg"), class_counts=COUNTS)
@@ -49,8 +49,8 @@ def regressor(model: nn.Module | None = None, loss: str = "mse") -> Regressor:
 def measured(learner: Learner, split: str, output: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Metrics of one pass over the data in unequal batches; the model is the identity, so x is its output."""
     for x_B, y_B in zip(output.split(23), y.split(23), strict=True):
-        learner._measure(split, Batch(x_B, y_B, torch.arange(len(y_B))))
-    learner._measure(split, Batch(output[:0], y[:0], torch.arange(0)))  # a rank that has run out of samples
+        learner._measure(split, Batch.single(x_B, y_B, torch.arange(len(y_B))))
+    learner._measure(split, Batch.single(output[:0], y[:0], torch.arange(0)))  # a rank that has run out of samples
     return learner._metrics(split).compute()
 
 
@@ -255,7 +255,7 @@ def test_a_step_draws_the_same_random_numbers_wherever_it_is_run():
     dropping = classifier(nn.Dropout(0.5)).train()
     dropping._epoch, dropping._rank = 3, 0
     x_BK, y_B = torch.randn(40, NUM_CLASSES), torch.zeros(40, dtype=torch.int64)
-    batch = Batch(x_BK, y_B, torch.arange(40))
+    batch = Batch.single(x_BK, y_B, torch.arange(40))
     first = dropping.training_step(batch, 11)
     torch.rand(5)  # someone else draws
     assert torch.equal(dropping.training_step(batch, 11), first)
@@ -290,7 +290,7 @@ def test_a_network_in_16_bits_is_measured_in_32():
 
 
 def test_a_target_is_not_rounded_to_16_bits():
-    batch = Batch(torch.ones(1, 5), torch.tensor([347.0]), torch.tensor([0]))
+    batch = Batch.single(torch.ones(1, 5), torch.tensor([347.0]), torch.tensor([0]))
     assert HalfNetwork("bf16-true").convert_input(batch).y.item() == 347.0
 
 
@@ -334,7 +334,7 @@ def test_sparse_gradients_train_as_dense_ones_do():
         learner = classifier(Table(sparse))
         dice = torch.Generator().manual_seed(0)
         x_NF, y_N = torch.randn(4, 16, 5, generator=dice), torch.randint(NUM_CLASSES, (4, 16), generator=dice)
-        batches = [Batch(x, y, torch.arange(16)) for x, y in zip(x_NF, y_N, strict=True)]
+        batches = [Batch.single(x, y, torch.arange(16)) for x, y in zip(x_NF, y_N, strict=True)]
         trainer = L.Trainer(
             **{"max_epochs": 1, "logger": False, "enable_checkpointing": False, "gradient_clip_val": 0.1},
             **{"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"},

@@ -51,7 +51,7 @@ class Pictures(DataModule):
         y = torch.arange(len(x)) % 3
         train, val = Samples(x[:NUM_TRAIN], y[:NUM_TRAIN]), Samples(x[NUM_TRAIN:], y[NUM_TRAIN:])
         mean, std = statistics(train.x, 255)
-        spec = DataSpec("pictures", (1, 6, 6), 255.0, mean, std, ("a", "b", "c"), (18, 18, 17))
+        spec = DataSpec.single("pictures", (1, 6, 6), 255.0, mean, std, ("a", "b", "c"), (18, 18, 17))
         if self.is_streamed:
             return Splits(spec, Pieces(train), Pieces(val), Pieces(val))
         return Splits(spec, train, val, val)

@@ -15,7 +15,7 @@ from torch import nn
 from espalier.config import overrides
 from espalier.profiling import cost
 from espalier.reporting import figures, provenance, report
-from espalier.spec import Report
+from espalier.spec import Report, of_shape
 
 
 class Attention(nn.Module):
@@ -87,7 +87,7 @@ def test_zeros_are_not_counted_among_the_nonzero():
     ids=["cnn", "depthwise", "attention", "lstm"],
 )
 def test_macs_match_the_formula(model, shape, macs):
-    assert cost.count_macs(model, shape) == macs
+    assert cost.count_macs(model, of_shape(shape)) == macs
 
 
 def test_counting_macs_leaves_the_model_as_it_was():
@@ -96,7 +96,7 @@ def test_counting_macs_leaves_the_model_as_it_was():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
 
-    cost.count_macs(model, (3, 8, 8))
+    cost.count_macs(model, of_shape((3, 8, 8)))
 
     assert [module.training for module in model] == [True, False, True, True, True]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -19,8 +19,8 @@ from espalier.optim.schedules import constant
 from espalier.spec import DataSpec
 from espalier.trust.targets import check_stored
 
-CLASSES = DataSpec("noise", (3,), 1.0, (0.0,), (1.0,), ("a", "b", "c"))
-NUMBERS = DataSpec("numbers", (3,), 1.0, (0.0,), (1.0,), target_mean=10.0, target_std=2.0)
+CLASSES = DataSpec.single("noise", (3,), 1.0, (0.0,), (1.0,), ("a", "b", "c"))
+NUMBERS = DataSpec.single("numbers", (3,), 1.0, (0.0,), (1.0,), target_mean=10.0, target_std=2.0)
 KNOBS: dict[str, Any] = {
     "optimizer": partial(torch.optim.SGD, lr=0.1),
     "scheduler": partial(constant),

@@ -23,7 +23,7 @@ from espalier.targets.predictions import Predictions, join
 
 NUM_CLASSES = 7
 NAMES = tuple(f"kind {number}" for number in range(NUM_CLASSES))
-SPEC = DataSpec("made up", (3,), 1.0, (0.0,) * 3, (1.0,) * 3, NAMES)
+SPEC = DataSpec.single("made up", (3,), 1.0, (0.0,) * 3, (1.0,) * 3, NAMES)
 
 
 def random_answers(num: int = 400) -> Predictions:
@@ -36,12 +36,12 @@ def random_answers(num: int = 400) -> Predictions:
 
 
 def of_probabilities(rows: list[list[float]], y: list[int]) -> Predictions:
-    spec = DataSpec("made up", (1,), 1.0, (0.0,), (1.0,), tuple("abc"[: len(rows[0])]))
+    spec = DataSpec.single("made up", (1,), 1.0, (0.0,), (1.0,), tuple("abc"[: len(rows[0])]))
     return Predictions(spec, torch.arange(len(y)), torch.tensor(y), torch.tensor(rows).log())
 
 
 def regression(num: int) -> Predictions:
-    spec = DataSpec("made up", (1,), 1.0, (0.0,), (1.0,), target_mean=100.0, target_std=10.0)
+    spec = DataSpec.single("made up", (1,), 1.0, (0.0,), (1.0,), target_mean=100.0, target_std=10.0)
     generator = torch.Generator().manual_seed(1)
     y = 100 + 10 * torch.randn(num, generator=generator)
     return Predictions(spec, torch.arange(num), y, torch.randn(num, 1, generator=generator))
@@ -64,7 +64,7 @@ def test_the_worst_classes_come_first_and_those_without_samples_not_at_all():
 
 @pytest.mark.parametrize(("num_classes", "num_shown"), [(20, 20), (21, 10)])
 def test_of_many_classes_the_table_shows_the_worst_ten(num_classes: int, num_shown: int):
-    spec = DataSpec("made up", (1,), 1.0, (0.0,), (1.0,), tuple(f"name {n:02d}" for n in range(num_classes)))
+    spec = DataSpec.single("made up", (1,), 1.0, (0.0,), (1.0,), tuple(f"name {n:02d}" for n in range(num_classes)))
     y = torch.arange(num_classes).repeat(2)
     output = torch.nn.functional.one_hot(y, num_classes).float()
     output[0] = output[1].clone()  # a sample of class 0 is taken for class 1
@@ -114,8 +114,8 @@ def test_errors_are_ranked_by_their_confidence():
 def test_answers_are_collected_in_the_order_of_the_batches():
     x = torch.arange(12.0).view(4, 3)
     batches = [
-        Batch(x[:3], torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7])),
-        Batch(x[3:], torch.tensor([3]), torch.tensor([8])),
+        Batch.single(x[:3], torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7])),
+        Batch.single(x[3:], torch.tensor([3]), torch.tensor([8])),
     ]
     found = collect(lambda x: x * 2, SPEC, batches)
     assert found.index.tolist() == [5, 6, 7, 8]

@@ -31,19 +31,19 @@ from espalier.models.densenet import DenseNet
 from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, of_shape
 
 SHAPE = (3, 16, 16)
 NUM_SAMPLES = 32
 
 
 def spec(shape: tuple[int, ...] = SHAPE) -> DataSpec:
-    return DataSpec("noise", shape, 1.0, (0.0,) * shape[0], (1.0,) * shape[0], tuple("abcdefghij"))
+    return DataSpec.single("noise", shape, 1.0, (0.0,) * shape[0], (1.0,) * shape[0], tuple("abcdefghij"))
 
 
 def samples(shape: tuple[int, ...] = SHAPE) -> Batch:
     x = torch.randn(NUM_SAMPLES, *shape, generator=torch.Generator().manual_seed(1))
-    return Batch(x, torch.arange(NUM_SAMPLES) % 10, torch.arange(NUM_SAMPLES))
+    return Batch.single(x, torch.arange(NUM_SAMPLES) % 10, torch.arange(NUM_SAMPLES))
 
 
 def resnet(activation: str = "relu", norm: str = "batch", stem: str = "cifar", block: str = "basic") -> nn.Module:
@@ -177,7 +177,7 @@ def equal_states(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def test_a_captured_network_computes_what_the_network_computes_in_both_modes_and_keeps_its_names():
     model = randomised(resnet(), eps=1e-3, momentum=0.03)
-    net = capture(copy.deepcopy(model), SHAPE)
+    net = capture(copy.deepcopy(model), of_shape(SHAPE))
     x = samples().x
     assert [*net.state_dict()] == [*model.state_dict()]
     for trains in (True, False, True):
@@ -189,13 +189,13 @@ def test_a_captured_network_computes_what_the_network_computes_in_both_modes_and
 
 
 def test_assigning_the_attribute_alone_switches_the_mode():
-    net = capture(resnet(), SHAPE)
+    net = capture(resnet(), of_shape(SHAPE))
     x = samples().x
     net.eval()
     expected = net(x)
     net.training = True
     assert not torch.equal(net(x), expected)
-    net = capture(resnet(), SHAPE)
+    net = capture(resnet(), of_shape(SHAPE))
     net.training = False
     assert torch.equal(net(x), expected)
 
@@ -216,7 +216,8 @@ def test_folding_keeps_eps_momentum_and_gamma_zero(statistics_are_frozen: bool):
     model = randomised(resnet(), eps=1e-2, momentum=0.03)
     nn.init.zeros_(model.stem.conv.norm.weight[:2])
     net = prepare(
-        capture(copy.deepcopy(model), SHAPE), OnnxRuntimeQuantizer([name for name, _ in model.named_children()])
+        capture(copy.deepcopy(model), of_shape(SHAPE)),
+        OnnxRuntimeQuantizer([name for name, _ in model.named_children()]),
     )
     net.frozen_statistics = statistics_are_frozen
     model.train()
@@ -258,7 +259,7 @@ def test_masks_and_adapters_survive_and_copies_are_independent():
 
 def test_watched_outputs_are_those_of_the_modules_also_of_a_copy_after_rounding():
     model = resnet().eval()
-    net = capture(copy.deepcopy(model), SHAPE)
+    net = capture(copy.deepcopy(model), of_shape(SHAPE))
     seen: dict[str, Tensor] = {}
     for name in ("stem.conv.conv", "stages.0"):
         model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
@@ -279,7 +280,7 @@ def test_watched_outputs_are_those_of_the_modules_also_of_a_copy_after_rounding(
 
 def test_a_watched_name_that_is_none_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match=r"stages\.3: no module .* did you mean stages\.\d\?"):
-        capture(resnet(), SHAPE).watch(["stages.3"])
+        capture(resnet(), of_shape(SHAPE)).watch(["stages.3"])
 
 
 def test_a_network_that_branches_on_values_is_refused_in_one_line():
@@ -325,7 +326,7 @@ def test_a_rounded_convolution_is_the_one_computed_by_hand():
     hidden = F.relu(F.conv2d(rounded(x, x.max() / 255), rounded(model[0].weight, steps(model[0].weight))))
     hidden = rounded(hidden, hidden.max() / 255)
     expected = F.conv2d(hidden, rounded(model[2].weight, steps(model[2].weight)), model[2].bias)
-    net = prepare(capture(copy.deepcopy(model), (1, 4, 4)), OnnxRuntimeQuantizer([])).train()
+    net = prepare(capture(copy.deepcopy(model), of_shape((1, 4, 4))), OnnxRuntimeQuantizer([])).train()
     assert (net(x) - expected).abs().median() < 1e-6  # a value between two steps may go either way
     assert (model(x) - expected).abs().max() > 1e-3
 
@@ -502,7 +503,7 @@ def test_a_resumed_run_ends_with_the_same_bits_although_the_checkpoint_was_writt
 
 
 def test_ranges_and_statistics_stop_at_their_shares_of_the_run():
-    method, net = make_qat(), prepare(capture(resnet(), SHAPE), OnnxRuntimeQuantizer([]))
+    method, net = make_qat(), prepare(capture(resnet(), of_shape(SHAPE)), OnnxRuntimeQuantizer([]))
     learner = L.LightningModule()
     learner.model = net
 
@@ -532,7 +533,7 @@ def distributed(rank: int, folder: str) -> None:
     for step in range(4):
         net.frozen_observers = net.frozen_statistics = step >= 2
         batch = samples()
-        train_step(wrapped, Batch(batch.x[rank::2] * (1 + rank), batch.y[rank::2], batch.index[rank::2]))
+        train_step(wrapped, Batch.single(batch.x[rank::2] * (1 + rank), batch.y[rank::2], batch.index[rank::2]))
     torch.save(net.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -9,7 +9,7 @@ from espalier.data.loaders import Batch
 
 
 def batch(x: Tensor, y: Tensor) -> Batch:
-    return Batch(x, y, torch.arange(len(y)))
+    return Batch.single(x, y, torch.arange(len(y)))
 
 
 def chain() -> nn.Sequential:

@@ -34,8 +34,10 @@ from espalier.serving.timeouts import patiently
 from espalier.spec import DataSpec
 from helpers.server import bundle_of, endless_bundle, linear_bundle
 
-PICTURE = DataSpec("pictures", (1, 2, 2), scale=16.0, mean=(0.5,), std=(0.25,), class_names=("no", "yes"))
-TABLE = DataSpec("table", (3,), scale=1.0, mean=(1.0, 2.0, 3.0), std=(1.0, 2.0, 1.0), target_mean=10.0, target_std=2.0)
+PICTURE = DataSpec.single("pictures", (1, 2, 2), scale=16.0, mean=(0.5,), std=(0.25,), class_names=("no", "yes"))
+TABLE = DataSpec.single(
+    "table", (3,), scale=1.0, mean=(1.0, 2.0, 3.0), std=(1.0, 2.0, 1.0), target_mean=10.0, target_std=2.0
+)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -244,7 +246,7 @@ def test_covering_a_feature_of_a_linear_function_costs_its_weight_times_its_dist
 
 
 def test_every_pixel_of_a_picture_is_covered_equally_often_and_set_to_the_mean() -> None:
-    spec = DataSpec("pictures", (3, 16, 24), scale=255.0, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+    spec = DataSpec.single("pictures", (3, 16, 24), scale=255.0, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
     copies, masks = occlusion.covered(spec, np.zeros(spec.shape, dtype=np.float32))
     assert set(masks.sum(axis=0).flat) == {4}
     for copy, mask in zip(copies, masks, strict=True):
@@ -253,7 +255,7 @@ def test_every_pixel_of_a_picture_is_covered_equally_often_and_set_to_the_mean()
 
 
 def test_the_heat_is_where_the_function_looks() -> None:
-    spec = DataSpec("pictures", (1, 16, 16), scale=1.0, mean=(0.0,), std=(1.0,))
+    spec = DataSpec.single("pictures", (1, 16, 16), scale=1.0, mean=(0.0,), std=(1.0,))
     raw = np.ones(spec.shape, dtype=np.float32)
     copies, masks = occlusion.covered(spec, raw)
     heat = occlusion.heat(raw[0, 12, 3] - copies[:, 0, 12, 3], masks)
@@ -476,7 +478,7 @@ def test_a_small_request_waits_no_longer_than_it_is_wanted(tmp_path: Path) -> No
             await server.shutdown([listening])
         return answers
 
-    spec = DataSpec("numbers", (1,), scale=1.0, mean=(0.0,), std=(1.0,), target_mean=0.0, target_std=1.0)
+    spec = DataSpec.single("numbers", (1,), scale=1.0, mean=(0.0,), std=(1.0,), target_mean=0.0, target_std=1.0)
     folder = linear_bundle(tmp_path, spec, np.array([[1.0]]))
     settings = replace(Settings.from_words([str(folder)]), time_limit_s=0.5)
     request = (

@@ -21,7 +21,7 @@ from espalier.runs import checkpoint, storage
 from espalier.runs.checkpoint import CheckpointIO
 from espalier.spec import DataSpec
 
-SPEC = DataSpec("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("no", "yes"), (3, 5))
+SPEC = DataSpec.single("toy", (4,), 1.0, (0.0,) * 4, (1.0,) * 4, ("no", "yes"), (3, 5))
 NAMES = ("last.ckpt", "previous.ckpt")
 
 

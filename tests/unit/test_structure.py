@@ -23,7 +23,7 @@ from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
 from espalier.profiling.cost import count_macs, count_params
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, of_shape
 
 SHAPE = (1, 8, 8)
 
@@ -55,7 +55,7 @@ def network(name: str) -> nn.Module:
 def samples(num: int) -> Batch:
     draw = torch.Generator().manual_seed(0)
     index = torch.arange(num)
-    return Batch(torch.randn(num, *SHAPE, generator=draw), torch.randint(10, (num,), generator=draw), index)
+    return Batch.single(torch.randn(num, *SHAPE, generator=draw), torch.randint(10, (num,), generator=draw), index)
 
 
 def pruner(latency_ms: Callable[[nn.Module], float] = lambda model: 1.0, **knobs: Any) -> PruneChannels:
@@ -69,7 +69,7 @@ def pruner(latency_ms: Callable[[nn.Module], float] = lambda model: 1.0, **knobs
         "drop_branches": 0.0,
         "skip": [],
     }
-    spec = DataSpec("noise", SHAPE, 1.0, (0.0,), (1.0,), tuple("abcdefghij"))
+    spec = DataSpec.single("noise", SHAPE, 1.0, (0.0,), (1.0,), tuple("abcdefghij"))
     return PruneChannels(
         **{**usual, **knobs}, spec=spec, seed=0, samples=samples, loss=F.cross_entropy, latency_ms=latency_ms
     )
@@ -102,15 +102,15 @@ def every_other(group: channel_groups.Group) -> Tensor:
 def test_a_network_says_the_same_without_the_channels_that_said_nothing(name: str):
     model = network(name)
     skip = ["patches"] if name == "vit" else []  # the norms of a transformer would see fewer features
-    groups = channel_groups.coupled(model, SHAPE, skip)
+    groups = channel_groups.coupled(model, of_shape(SHAPE), skip)
     assert groups
     silence(model, groups, [every_other(group) for group in groups])
     x = samples(7).x
-    before, macs = model(x), count_macs(model, SHAPE)
+    before, macs = model(x), count_macs(model, of_shape(SHAPE))
     model, _ = pruner(criterion="l2", skip=skip).apply(model)
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model(x[:1]), before[:1], atol=1e-5, rtol=1e-5)
-    assert count_macs(model, SHAPE) < macs / 1.9
+    assert count_macs(model, of_shape(SHAPE)) < macs / 1.9
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -170,7 +170,7 @@ def test_a_magnitude_counts_the_weights_that_its_criterion_names():
         model[0].weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
         model[1].weight.copy_(torch.tensor([-0.5, 2.0]))
         model[2].weight.copy_(torch.tensor([[4.0, -1.0]]))
-    groups = channel_groups.coupled(model, (2,), [])
+    groups = channel_groups.coupled(model, of_shape((2,)), [])
     expected = {"l1": [3, 3], "l2": [5, 9], "bn_scale": [0.5, 2], "group_l2": [5 + 0.25 + 16, 9 + 4 + 1]}
     for criterion, scores in expected.items():
         (found,) = prune_channels.weight_scores(model, groups, criterion)
@@ -181,7 +181,7 @@ def test_taylor_is_the_squared_change_where_the_loss_is_linear():
     model = MLP(SHAPE, 10, [4], "relu", "none", 0.0)
     batch = samples(32)
     loss = lambda output, y: output.sum(1).mean()  # noqa: E731
-    (scores,) = prune_channels.taylor_scores(model, channel_groups.coupled(model, SHAPE, []), batch, loss)
+    (scores,) = prune_channels.taylor_scores(model, channel_groups.coupled(model, of_shape(SHAPE), []), batch, loss)
     for channel in range(4):
         without = copy.deepcopy(model)
         with torch.no_grad():
@@ -234,9 +234,9 @@ def test_outputs_and_skipped_modules_keep_their_size():
 @pytest.mark.parametrize("is_global", [False, True])
 def test_a_budget_of_macs_is_met_with_little_to_spare(is_global: bool):
     model = network("resnet")
-    macs = count_macs(model, SHAPE)
+    macs = count_macs(model, of_shape(SHAPE))
     model, _ = pruner(budget="macs", speedup=3.0, is_global=is_global).apply(model)
-    assert 3 <= macs / count_macs(model, SHAPE) < 4
+    assert 3 <= macs / count_macs(model, of_shape(SHAPE)) < 4
 
 
 def test_a_budget_of_latency_goes_by_what_was_measured():
@@ -257,7 +257,7 @@ def test_a_branch_that_adds_nothing_goes_first_and_takes_its_activation_along():
     x = samples(5).x
     before = model(x).detach()
     method = pruner(ratio=0.0, drop_branches=0.3)
-    method.samples, method.loss = lambda num: Batch(x, before, torch.arange(5)), F.mse_loss
+    method.samples, method.loss = lambda num: Batch.single(x, before, torch.arange(5)), F.mse_loss
     model, entry = method.apply(model)
     assert entry["dropped"] == {"stages.0.1": False}
     assert torch.equal(model(x), before)
@@ -266,9 +266,11 @@ def test_a_branch_that_adds_nothing_goes_first_and_takes_its_activation_along():
 
 def test_an_activation_stays_where_it_does_something():
     gelu = ResNet(SHAPE, 10, [2], "cifar", None, 8, "gelu", "batch", 0.0).eval()
-    assert residual_blocks.needed_activations(gelu, ["stages.0.1"], samples(1).x) == {"stages.0.1": True}
+    assert residual_blocks.needed_activations(gelu, ["stages.0.1"], [samples(1).x]) == {"stages.0.1": True}
     pooled = ResNet((1, 32, 32), 10, [1], "imagenet", "basic", 8, "relu", "batch", 0.0).eval()
-    assert residual_blocks.needed_activations(pooled, ["stages.0.0"], torch.zeros(1, 1, 32, 32)) == {"stages.0.0": True}
+    assert residual_blocks.needed_activations(pooled, ["stages.0.0"], [torch.zeros(1, 1, 32, 32)]) == {
+        "stages.0.0": True
+    }
 
 
 def test_branches_with_a_shortcut_that_changes_the_shape_stay():

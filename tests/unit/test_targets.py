@@ -12,8 +12,8 @@ from espalier.targets.kind import TargetKind
 from espalier.targets.kinds import kind_of
 
 NAMES = tuple("abcdef")
-CLASSES = DataSpec("pictures", (3,), 1.0, (0.0,) * 3, (1.0,) * 3, NAMES)
-NUMBER = DataSpec("houses", (3,), 1.0, (0.0,) * 3, (1.0,) * 3, target_mean=50.0, target_std=8.0)
+CLASSES = DataSpec.single("pictures", (3,), 1.0, (0.0,) * 3, (1.0,) * 3, NAMES)
+NUMBER = DataSpec.single("houses", (3,), 1.0, (0.0,) * 3, (1.0,) * 3, target_mean=50.0, target_std=8.0)
 BOTH = pytest.mark.parametrize("spec", [CLASSES, NUMBER], ids=["classes", "numbers"])
 
 
@@ -83,7 +83,7 @@ def test_a_server_needs_no_torch_for_any_kind():
         "import sys; sys.modules['torch'] = sys.modules['matplotlib'] = None; import numpy\n"
         "from espalier.spec import DataSpec; from espalier.targets.kinds import kind_of\n"
         "for names in ((), ('a', 'b')):\n"
-        "    kind = kind_of(DataSpec('data', (3,), 1.0, (0.0,), (1.0,), names))\n"
+        "    kind = kind_of(DataSpec.single('data', (3,), 1.0, (0.0,), (1.0,), names))\n"
         "    values = kind.answer(numpy.zeros((1, kind.spec.num_outputs), 'float32'))[0].tolist()\n"
         "    print(kind.said, kind.groups, kind.reply(values, 0))\n"
     )

@@ -30,7 +30,7 @@ def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("name", [MARKUP, COMMANDS])
 def test_every_table_shows_a_name_as_letters(capsys: pytest.CaptureFixture[str], name: str):
     safe = name if name == MARKUP else "a?]0;title?b?2Jc?d"
-    lines = summary.parts(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2), depth=1)
+    lines = summary.parts(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)], depth=1)
     lines[1].name = name  # as a key of nn.ModuleDict
     for table in (
         summary.table(lines),

@@ -19,6 +19,7 @@ from torch import nn
 from espalier.errors import ConfigError
 from espalier.export.torch_export import Session, TorchExport
 from espalier.models.mlp import MLP
+from espalier.spec import of_shape
 from espalier.trust import torch_program
 from espalier.trust.torch_program import require_harmless
 
@@ -41,7 +42,7 @@ class Touches:
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("honest") / "model.pt2"
     torch.manual_seed(0)
-    TorchExport().write(MLP(SHAPE, 3, (5,), "relu", "none", 0.0).eval(), SHAPE, path)
+    TorchExport().write(MLP(SHAPE, 3, (5,), "relu", "none", 0.0).eval(), of_shape(SHAPE), path)
     return path
 
 

@@ -1,9 +1,11 @@
 """The model as a table when a fit starts: parts, output shapes, parameters, multiply-accumulates."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from rich import box
 from rich.table import Table
@@ -33,7 +35,7 @@ class Part:
         return (self.name, self.kind, shape, si(self.params), si(self.macs) if self.is_called else "")
 
 
-def parts(model: nn.Module, sample: Tensor, depth: int) -> list[Part]:
+def parts(model: nn.Module, sample: Sequence[Tensor], depth: int) -> list[Part]:
     """Return the model and its submodules down to `depth` levels, measured on one `sample` (batch 1).
 
     A submodule without children is listed at whichever level it stands. One without parameters that is never called is
@@ -52,7 +54,7 @@ def parts(model: nn.Module, sample: Tensor, depth: int) -> list[Part]:
             handles.append(module.register_forward_hook(_note_cost(part, counter)))
             handles.append(module.register_forward_pre_hook(_note_start(part, counter)))
         try:
-            model(sample)
+            model(*sample)
         finally:
             for handle in handles:
                 handle.remove()
@@ -93,12 +95,14 @@ class Summary(L.Callback):
             return
         model, sample = pl_module.model, pl_module.example_input_array
         assert isinstance(model, nn.Module)
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) or not isinstance(sample, Tensor):
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             name = type(model).__name__  # one rank alone cannot run it
             terminal.console().print(f"{name}: {si(count_params(model))} parameters")
             return
-        like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), sample)
-        terminal.console().print(table(parts(model, sample[:1].to(like), self.depth)))
+        assert isinstance(sample, tuple)
+        like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
+        one = [x[:1].to(like) if x.is_floating_point() else x[:1].to(like.device) for x in sample]
+        terminal.console().print(table(parts(model, one, self.depth)))
 
 
 def table(lines: list[Part]) -> Table:

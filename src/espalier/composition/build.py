@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -37,8 +37,20 @@ def part(key: str, node: DictConfig, **supplied: Any) -> Any:
 
 
 def model(node: DictConfig, spec: DataSpec) -> nn.Module:
-    """Return a network with new weights for data of this spec."""
-    return part("model", node, input_shape=spec.shape, num_outputs=spec.num_outputs)
+    """Return a network with new weights for data of this spec.
+
+    Raises:
+        ConfigError: it refuses its arguments, or takes one tensor of numbers where the data have something else.
+    """
+    supplied: dict[str, Any] = {"inputs": spec.inputs, "num_outputs": spec.num_outputs}
+    if spec.is_plain:
+        supplied["input_shape"] = spec.shape
+    elif "inputs" not in inspect.signature(get_object(node._target_)).parameters:
+        raise ConfigError(
+            f"model: {node._target_.rpartition('.')[2]} takes one tensor of numbers, and a sample of {spec.name} is "
+            f"{' and '.join(each.kind for each in spec.inputs)}; choose a model for that, such as model=text_cnn"
+        )
+    return part("model", node, **supplied)
 
 
 def stored_model(stored: Checkpoint) -> nn.Module:

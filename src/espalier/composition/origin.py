@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -20,13 +21,26 @@ NUM_NAMED = 5  # classes in a message
 def require_same_data(key: str, data: DataModule, source: Checkpoint | Bundle) -> None:
     """Raise `ConfigError` if samples or classes are not those that the source was trained with."""
     now, then = data.spec, source.spec
-    if (now.shape, now.class_names) != (then.shape, then.class_names):
+    if _asked(now) != _asked(then):
         differing = sorted(set(now.class_names) ^ set(then.class_names))
         named = f"; not in both: {', '.join(differing[:NUM_NAMED])}" if now.num_outputs == then.num_outputs else ""
         raise ConfigError(
-            f"{key}={source.path}: trained on {then.name} {then.shape} with {then.num_outputs} outputs, "
-            f"but data is {now.name} {now.shape} with {now.num_outputs}{named}"
+            f"{key}={source.path}: trained on {then.name} {_said(then)} with {then.num_outputs} outputs, "
+            f"but data is {now.name} {_said(now)} with {now.num_outputs}{named}"
         )
+
+
+def _asked(spec: DataSpec) -> tuple[Any, ...]:
+    """Return what has to be the same for a network to be used on other data."""
+    inputs = [(each.name, each.kind, each.shape, each.vocabulary) for each in spec.inputs]
+    return inputs, [(each.name, each.kind, each.names) for each in spec.targets]
+
+
+def _said(spec: DataSpec) -> str:
+    if spec.is_plain:
+        return str(spec.shape)
+    words = (f"{each.name} {each.shape}" + f" of {len(each.vocabulary)} words" * each.is_tokens for each in spec.inputs)
+    return f"({', '.join(words)})"
 
 
 def changed_samples(data: DataModule, source: Checkpoint | Bundle) -> list[str]:
@@ -53,7 +67,7 @@ def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:
     """Raise `ConfigError` if a run cannot resume because its data have changed since."""
     now, then = data.spec, resumed.spec
     bring_back = "bring them back as they were, or start a new run with source="
-    if (now.shape, now.class_names, now.class_counts) != (then.shape, then.class_names, then.class_counts):
+    if (_asked(now), now.class_counts) != (_asked(then), then.class_counts):
         raise ConfigError(
             f"resume={resumed.path}: began with {sum(then.class_counts)} training samples of {then.num_outputs} "
             f"outputs, and the data have {sum(now.class_counts)} of {now.num_outputs} now; {bring_back}"

@@ -100,7 +100,7 @@ def of_training(trainer: L.Trainer, data: DataModule, *, is_tested: bool, finish
 def line(planned: Plan, trainer: L.Trainer, spec: DataSpec) -> str:
     """Return the line that the user reads before the first epoch: device, data, steps."""
     samples, steps = planned.lines
-    shape = " x ".join(map(str, spec.shape))
+    shape = " and ".join(" x ".join(map(str, each.shape)) for each in spec.inputs)
     return f"{device(trainer)}; {spec.name}: {samples} of {shape}, {kind_of(spec).said}; {steps}"
 
 

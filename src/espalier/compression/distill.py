@@ -24,10 +24,10 @@ from espalier.config.ranges import NonNegative, Positive, Share
 from espalier.errors import ConfigError
 from espalier.learners.learner import Learner
 from espalier.seeding import generator
+from espalier.signature import example
 from espalier.spec import DataSpec, Entry
 from espalier.targets.kinds import kind_of
 from espalier.targets.metrics import distillation
-from espalier.signature import example
 
 ADAPTER_STREAM = 0xADA  # keeps the first weights of adapters apart from other users of the seed
 
@@ -213,10 +213,12 @@ class Distill(Compression):
         pl_module.objective = partial(self.objective, pl_module, ours, theirs)  # type: ignore[method-assign]
         self.undo.callback(delattr, pl_module, "objective")
 
-    def objective(self, learner: Learner, ours: Read, theirs: Read, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
+    def objective(
+        self, learner: Learner, ours: Read, theirs: Read, inputs: Sequence[Tensor], output: Tensor, y: Tensor
+    ) -> Tensor:
         """Return the weighted loss on labels, outputs and layers; replaces `Learner.objective` during the fit."""
         with torch.no_grad():
-            target = self.teacher(x)
+            target = self.teacher(*inputs)
         loss = (1 - self.weight) * learner.training_loss(output, y)
         loss = loss + self.weight * self._soft_loss(output.float(), target.float(), y)
         student, teacher = ours(), theirs()

@@ -10,7 +10,7 @@ Which axes of which tensors hold the same channels is found by torch-pruning (De
 
 import copy
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import lcm
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -201,13 +201,15 @@ def taylor_scores(model: nn.Module, groups: Sequence[Group], batch: Batch, loss:
     trial = copy.deepcopy(model).eval().requires_grad_(True)
     weights = _weights(trial)
     scores = [torch.zeros(group.num_channels) for group in groups]
-    for inputs, y in batch.split(CHUNK):
+    for part in batch.split(CHUNK):
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(trial(*inputs), y), list(weights.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(
+                loss(trial(*part.inputs), part.y), list(weights.values()), materialize_grads=True
+            )
         pairs = zip(weights.items(), gradients, strict=True)
         changes = {name: weight.detach() * gradient for (name, weight), gradient in pairs}
         for score, group in zip(scores, groups, strict=True):
-            score += channel_sums(group, changes, ("reads",)).square() * (len(y) / len(batch.y))
+            score += channel_sums(group, changes, ("reads",)).square() * (len(part.y) / len(batch.y))
     return scores
 
 
@@ -262,8 +264,4 @@ def global_shares(scores: Sequence[Tensor], ratio: float) -> list[float]:
 @torch.no_grad()
 def mean_loss(model: nn.Module, batch: Batch, loss: Loss) -> float:
     """Return the mean loss over the samples; the mode of the model is not changed."""
-    return sum(float(loss(model(*inputs), y)) * len(y) for inputs, y in batch.split(CHUNK)) / len(batch.y)
-
-
-def _chunks(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(batch.x.split(CHUNK), batch.y.split(CHUNK), strict=True)
+    return sum(float(loss(model(*part.inputs), part.y)) * len(part.y) for part in batch.split(CHUNK)) / len(batch.y)

@@ -57,7 +57,7 @@ class PTQ(EightBits):
         entry = make_entry(mode, self.target, self.skip, self.spec)
         model = self.replay(model, entry)
         if isinstance(model, CapturedNet):
-            calibrate(model, self.samples(self.num_samples).x)
+            calibrate(model, self.samples(self.num_samples).inputs)
         return model, entry
 
 

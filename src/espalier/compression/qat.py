@@ -21,8 +21,8 @@ from espalier.compression.quantized_graph import convert, prepare
 from espalier.compression.quantizer import MIN_SCALE, Target, make_quantizer
 from espalier.config.ranges import Share
 from espalier.errors import ConfigError
-from espalier.spec import DataSpec, Entry
 from espalier.signature import of_entry, to_entry
+from espalier.spec import DataSpec, Entry
 
 Mode = Literal["static", "dynamic"]  # ranges of activations: fixed beforehand, or found at run time
 

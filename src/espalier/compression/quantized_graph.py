@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -63,8 +64,8 @@ def prepare(net: CapturedNet, quantizer: Quantizer) -> CapturedNet:
 
 
 @torch.no_grad()
-def calibrate(net: CapturedNet, x: Tensor) -> None:
-    """Fix the ranges of a prepared network: of weights from their values, of activations from the samples `x`.
+def calibrate(net: CapturedNet, inputs: Sequence[Tensor]) -> None:
+    """Fix the ranges of a prepared network: of weights from their values, of activations from samples.
 
     Nothing is rounded meanwhile. The range is the one with the least mean square error on the histogram of the values.
     """
@@ -81,8 +82,8 @@ def calibrate(net: CapturedNet, x: Tensor) -> None:
         histograms[grid] = histogram
         hooks.append(grid.register_forward_pre_hook(lambda _, inputs, see=histogram: see(*inputs)))
         grid.disable_fake_quant()
-    for x_BX in x.split(CALIBRATION_BATCH):
-        net(x_BX)
+    for part in zip(*(x.split(CALIBRATION_BATCH) for x in inputs), strict=True):
+        net(*part)
     for hook in hooks:
         hook.remove()
     for grid, histogram in histograms.items():
@@ -92,7 +93,7 @@ def calibrate(net: CapturedNet, x: Tensor) -> None:
         grid.enable_fake_quant()
     for grid in _grids(net):
         grid.disable_observer()
-    net(x[:1])  # torch computes the scales from the ends, in each forward
+    net(*(x[:1] for x in inputs))  # torch computes the scales from the ends, in each forward
 
 
 def convert(net: CapturedNet) -> CapturedNet:

@@ -42,7 +42,7 @@ def drop(model: nn.Module, blocks: Mapping[str, bool]) -> nn.Module:
     return model
 
 
-def needed_activations(model: nn.Module, blocks: Sequence[str], x: Tensor) -> dict[str, bool]:
+def needed_activations(model: nn.Module, blocks: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, bool]:
     """Return whether the activation left of each block changes anything: a ReLU after a ReLU does not."""
     trial = drop(copy.deepcopy(model).eval(), dict.fromkeys(blocks, True))
     outputs: list[Tensor] = []  # of ReLUs; kept alive, so that no other tensor is taken for one of them
@@ -56,6 +56,6 @@ def needed_activations(model: nn.Module, blocks: Sequence[str], x: Tensor) -> di
         if isinstance(module, nn.ReLU):
             module.register_forward_hook(see)
     with torch.no_grad():
-        trial(x)
+        trial(*inputs)
     left = {path: trial.get_submodule(path) for path in blocks}
     return {path: needed.get(module, not isinstance(module, nn.Identity)) for path, module in left.items()}

@@ -84,6 +84,6 @@ def _round_input(x: Tensor) -> Tensor:
 
 
 def _mean_loss(model: nn.Module, samples: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
-    chunks = zip(samples.x.split(CHUNK), samples.y.split(CHUNK), strict=True)
-    total = sum(float(loss(model(x), y)) * len(y) for x, y in chunks)
+    parts = samples.split(CHUNK)
+    total = sum(float(loss(model(*part.inputs), part.y)) * len(part.y) for part in parts)
     return total / len(samples.y)

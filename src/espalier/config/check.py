@@ -25,7 +25,7 @@ from espalier.errors import ConfigError
 # Arguments that the program itself supplies, so that no size or path is configured twice.
 SUPPLIED: dict[str, frozenset[str]] = {
     "data": frozenset({"seed"}),
-    "model": frozenset({"input_shape", "num_outputs"}),
+    "model": frozenset({"input_shape", "inputs", "num_outputs"}),
     "learner": frozenset({"model", "spec", "optimizer", "scheduler", "seed"}),
     "optimizer": frozenset({"params"}),
     "scheduler": frozenset({"optimizer", "step", "total_steps", "mode"}),

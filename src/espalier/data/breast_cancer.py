@@ -28,7 +28,7 @@ class BreastCancer(DataModule):
         x, y = torch.from_numpy(table.data).float(), torch.from_numpy(table.target).long()
         test, val, train = (Samples(x[part], y[part]) for part in stratified(y, [TEST_SHARE, VAL_SHARE]))
         mean, std = statistics(train.x, scale=1.0)
-        spec = DataSpec(
+        spec = DataSpec.single(
             name="breast_cancer",
             shape=(x.shape[1],),
             scale=1.0,

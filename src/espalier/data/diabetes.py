@@ -30,7 +30,7 @@ class Diabetes(DataModule):
         test, val, train = (Samples(x[part], y[part]) for part in parts)
         mean, std = statistics(train.x, scale=1.0)
         (target_mean,), (target_std,) = statistics(train.y[:, None], scale=1.0)
-        spec = DataSpec(
+        spec = DataSpec.single(
             name="diabetes",
             shape=(x.shape[1],),
             scale=1.0,

@@ -30,7 +30,7 @@ class Digits(DataModule):
         x, y = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(labels).long()
         test, val, train = (Samples(x[part], y[part]) for part in stratified(y, [TEST_SHARE, VAL_SHARE]))
         mean, std = statistics(train.x, MAX_VALUE)
-        spec = DataSpec(
+        spec = DataSpec.single(
             name="digits",
             shape=(1, 8, 8),
             scale=MAX_VALUE,

@@ -260,7 +260,7 @@ class HubImages(DataModule):
             self.notes += self.constant(seen)
         if not mean:
             mean, std = statistics(seen.x, MAX_VALUE)
-        return DataSpec(
+        return DataSpec.single(
             name=Path(self.path).stem,
             shape=self.shape,
             scale=float(MAX_VALUE),

@@ -26,20 +26,67 @@ PREFETCH = 2  # batches that each worker prepares ahead
 class Batch(NamedTuple):
     """The input of a learner, all on one device; B may be 0 on a rank that has run out of samples to evaluate."""
 
-    x: Tensor  # (B, *shape), float32, normalised; augmented in training
-    y: Tensor  # classes (B,) int64; class probabilities (B, K) float32 if samples are mixed; regression (B,) float32
+    inputs: tuple[Tensor, ...]  # as the network takes them, (B, *shape) each: float32, normalised; tokens int64
+    targets: tuple[Tensor, ...]  # classes (B,) int64, (B, K) float32 where samples are mixed; numbers (B,) float32
     index: Tensor  # type: ignore[assignment]  # (B,) int64: sample of the split; hides a method of tuple nobody needs
 
+    @classmethod
+    def single(cls, x: Tensor, y: Tensor, index: Tensor) -> "Batch":
+        """Return a batch of one input and one target."""
+        return cls((x,), (y,), index)
 
-@dataclass(frozen=True)
+    @property
+    def x(self) -> Tensor:
+        """Return the only input."""
+        (x,) = self.inputs
+        return x
+
+    @property
+    def y(self) -> Tensor:
+        """Return the only target."""
+        (y,) = self.targets
+        return y
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        inputs, targets = (tuple(each.to(device, non_blocking=True) for each in part) for part in self[:2])
+        return Batch(inputs, targets, self.index.to(device, non_blocking=True))
+
+    def split(self, size: int) -> "Iterator[Batch]":
+        """Yield batches of at most `size` of the samples."""
+        for place in range(0, len(self.index), size):
+            part = slice(place, place + size)
+            yield Batch(tuple(x[part] for x in self.inputs), tuple(y[part] for y in self.targets), self.index[part])
+
+
+@dataclass(frozen=True, init=False)
 class Samples:
-    """A split or a piece of one: raw values (N, *shape), uint8 or float32, and targets (N,), int64 or float32."""
+    """A split or a piece of one: raw values (N, *shape), uint8, float32 or int64, and targets (N,), int64 or float32.
 
-    x: Tensor
-    y: Tensor
+    Tokens are padded with 0 to the longest of all.
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+
+    def __init__(self, inputs: Tensor | tuple[Tensor, ...], targets: Tensor | tuple[Tensor, ...]) -> None:
+        object.__setattr__(self, "inputs", (inputs,) if isinstance(inputs, Tensor) else inputs)
+        object.__setattr__(self, "targets", (targets,) if isinstance(targets, Tensor) else targets)
+
+    @property
+    def x(self) -> Tensor:
+        """Return the only input."""
+        (x,) = self.inputs
+        return x
+
+    @property
+    def y(self) -> Tensor:
+        """Return the only target."""
+        (y,) = self.targets
+        return y
 
     def __len__(self) -> int:
-        return len(self.y)
+        return len(self.targets[0])
 
 
 class Reader(Protocol):
@@ -50,7 +97,7 @@ class Reader(Protocol):
     def __getitems__(self, indices: list[int]) -> Samples: ...
 
 
-Finish = Callable[[Tensor, Tensor, Tensor, int], Batch]  # raw x, y, index and the epoch to a batch, on the same device
+Finish = Callable[[Batch, int], Batch]  # a raw batch and the epoch to a finished one, on the same device
 
 
 class Order:
@@ -139,15 +186,16 @@ class BatchLoader(Loader):
     """
 
     def __init__(self, samples: Samples, order: Order, finish: Finish | None) -> None:
-        super().__init__(order, samples.x.device)
+        super().__init__(order, samples.targets[0].device)
         self.samples = samples
         self.finish = finish
 
     def _batches(self, start: int) -> Iterator[Batch]:
-        x, y, finish, epoch = self.samples.x, self.samples.y, self.finish, self.sampler.epoch
+        inputs, targets, finish, epoch = self.samples.inputs, self.samples.targets, self.finish, self.sampler.epoch
         for index_B in self.sampler.batches(self.device)[start:]:
-            x_B, y_B = x.index_select(0, index_B), y.index_select(0, index_B)
-            yield Batch(x_B, y_B, index_B) if finish is None else finish(x_B, y_B, index_B, epoch)
+            picked = tuple([x.index_select(0, index_B) for x in inputs])
+            batch = Batch(picked, tuple([y.index_select(0, index_B) for y in targets]), index_B)
+            yield batch if finish is None else finish(batch, epoch)
 
 
 class StreamLoader(Loader):
@@ -186,9 +234,7 @@ class StreamLoader(Loader):
         for read in self._loader:
             if isinstance(read, EspalierError):
                 raise read
-            x, y, index = read
-            raw, target, index_B = (value.to(self.device, non_blocking=True) for value in (x, y, index))
-            yield self.finish(raw, target, index_B, epoch)
+            yield self.finish(read.to(self.device), epoch)
 
 
 class _Plan:
@@ -222,7 +268,7 @@ class _Indexed(torch.utils.data.Dataset[Any]):
             samples = self.reader.__getitems__(indices)
         except EspalierError as error:
             return error
-        return Batch(samples.x, samples.y, torch.tensor(indices, dtype=torch.int64))
+        return Batch(samples.inputs, samples.targets, torch.tensor(indices, dtype=torch.int64))
 
 
 def _unchanged(batch: Any) -> Any:

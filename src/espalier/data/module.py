@@ -14,7 +14,7 @@ from espalier import seeding
 from espalier.data.augment import Augmentation
 from espalier.data.loaders import Batch, BatchLoader, Loader, Order, Reader, Samples, StreamLoader
 from espalier.data.splits import constant, require_finite
-from espalier.data.transforms import Normalise, Prepare
+from espalier.data.transforms import NormaliseAll, Prepare
 from espalier.spec import DataSpec
 
 Split = Literal["train", "val", "test"]
@@ -65,9 +65,10 @@ class DataModule(L.LightningDataModule):
         for split in ("train", "val", "test"):
             samples = getattr(splits, split)
             if isinstance(samples, Samples):
-                require_finite(samples.x, f"{split} samples")
-                require_finite(samples.y, f"{split} targets")
-        if isinstance(splits.train, Samples):
+                for part, what in ((samples.inputs, "samples"), (samples.targets, "targets")):
+                    for values in part:
+                        require_finite(values, f"{split} {what}")
+        if isinstance(splits.train, Samples) and splits.spec.is_plain:
             self.notes += self.constant(splits.train)
         return splits
 
@@ -122,9 +123,10 @@ class DataModule(L.LightningDataModule):
 
         The unit of raw values stays that of the present data.
         """
-        spec = replace(self.spec, mean=trained.mean, std=trained.std)
-        spec = replace(spec, target_mean=trained.target_mean, target_std=trained.target_std)
-        self.splits = replace(self.splits, spec=spec)
+        pairs = zip(self.spec.inputs, trained.inputs, strict=True)
+        inputs = tuple(replace(own, mean=other.mean, std=other.std) for own, other in pairs)
+        target = replace(self.spec.target, mean=trained.target_mean, std=trained.target_std)
+        self.splits = replace(self.splits, spec=replace(self.spec, inputs=inputs, targets=(target,)))
 
     def raw(self, split: Split, index_B: Tensor) -> Samples:
         """Return samples of a split as they were read, by their positions."""
@@ -135,7 +137,7 @@ class DataModule(L.LightningDataModule):
         order_N = torch.randperm(len(self.splits.train), generator=seeding.generator(self.seed, SAMPLES_STREAM))
         index_B = order_N[:num]
         raw = self.raw("train", index_B)
-        return Batch(Normalise(self.spec, torch.device("cpu"))(raw.x), raw.y, index_B)
+        return Batch(NormaliseAll(self.spec, torch.device("cpu"))(raw.inputs), raw.targets, index_B)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the training split.
@@ -152,7 +154,7 @@ class DataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch as it is: loaders build it on the device, and Lightning's search for tensors takes time."""
-        return batch if batch.x.device == device else Batch(*(value.to(device) for value in batch))
+        return batch if batch.index.device == device else batch.to(device)
 
     def _loader(self, split: Split, batch_size: int, place: Place, is_training: bool) -> Loader:
         data: Samples | Reader = getattr(self.splits, split)
@@ -162,11 +164,11 @@ class DataModule(L.LightningDataModule):
         finish = Prepare(self.spec, augment, self.seed, device)
         if not isinstance(data, Samples):
             return StreamLoader(data, order, finish, self.num_workers, device)
-        on_device = Samples(data.x.to(device), data.y.to(device))
+        on_device = Samples(tuple(x.to(device) for x in data.inputs), tuple(y.to(device) for y in data.targets))
         if augment:
             return BatchLoader(on_device, order, finish)
-        normalise = Normalise(self.spec, device)  # the same for each epoch, so once and for all
-        return BatchLoader(Samples(normalise(on_device.x), on_device.y), order, finish=None)
+        normalise = NormaliseAll(self.spec, device)  # the same for each epoch, so once and for all
+        return BatchLoader(Samples(normalise(on_device.inputs), on_device.targets), order, finish=None)
 
     def _place(self) -> Place:
         if self.trainer is None:
@@ -178,7 +180,7 @@ class DataModule(L.LightningDataModule):
 def pick(data: Samples | Reader, index_B: Tensor) -> Samples:
     """Return raw samples by their positions in a split."""
     if isinstance(data, Samples):
-        return Samples(data.x[index_B], data.y[index_B])
+        return Samples(tuple(x[index_B] for x in data.inputs), tuple(y[index_B] for y in data.targets))
     return data.__getitems__(index_B.tolist())
 
 

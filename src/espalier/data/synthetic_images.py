@@ -47,7 +47,7 @@ class SyntheticImages(DataModule):
     def load(self) -> Splits:
         train, val, test = (self._images(number, size) for number, size in enumerate(self.sizes))
         mean, std = statistics(train.x, MAX_VALUE)
-        spec = DataSpec(
+        spec = DataSpec.single(
             name="synthetic_images",
             shape=self.shape,
             scale=float(MAX_VALUE),

@@ -9,7 +9,7 @@ from torch import Tensor
 from espalier import seeding
 from espalier.data.augment import Augmentation
 from espalier.data.loaders import Batch
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, Input
 
 AUGMENT_STREAM = 2  # keeps the numbers of the augmentations apart from other users of (seed, epoch, sample)
 
@@ -17,7 +17,7 @@ AUGMENT_STREAM = 2  # keeps the numbers of the augmentations apart from other us
 class Normalise:
     """Computes `(raw / scale - mean) / std` in float32, for any batch shape."""
 
-    def __init__(self, spec: DataSpec, device: torch.device) -> None:
+    def __init__(self, spec: DataSpec | Input, device: torch.device) -> None:
         shape = (len(spec.mean), *[1] * (len(spec.shape) - 1))
         self.scale = spec.scale
         self.mean = torch.tensor(spec.mean, device=device).view(shape)
@@ -31,6 +31,16 @@ class Normalise:
         return (scaled - self.mean) / self.std
 
 
+class NormaliseAll:
+    """`Normalise` for each input of a sample; tokens stay as they are."""
+
+    def __init__(self, spec: DataSpec, device: torch.device) -> None:
+        self.each = [None if one.is_tokens else Normalise(one, device) for one in spec.inputs]
+
+    def __call__(self, raw: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple([x if one is None else one(x) for one, x in zip(self.each, raw, strict=True)])
+
+
 class Prepare:
     """Finishes the batches of one split: scales, augments in order with mixing last, and normalises.
 
@@ -39,19 +49,20 @@ class Prepare:
     """
 
     def __init__(self, spec: DataSpec, augment: Sequence[Augmentation], seed: int, device: torch.device) -> None:
-        self.normalise = Normalise(spec, device)
+        self.normalise_all = NormaliseAll(spec, device)
+        self.normalise = Normalise(spec, device) if augment else None
         self.augment = sorted(augment, key=lambda one: one.mixes)
         self.draws = [one.num_draws for one in self.augment]
         self.seed = seed
         self.num_classes_to_mix = spec.num_classes if any(one.mixes for one in augment) else 0
 
-    def __call__(self, raw: Tensor, y: Tensor, index_B: Tensor, epoch: int) -> Batch:
-        if not self.augment:
-            return Batch(self.normalise(raw), y, index_B)
-        x = raw.float() / self.normalise.scale
+    def __call__(self, raw: Batch, epoch: int) -> Batch:
+        if self.normalise is None:
+            return raw._replace(inputs=self.normalise_all(raw.inputs))
+        x, y, index_B = raw.x.float() / self.normalise.scale, raw.y, raw.index
         if self.num_classes_to_mix:
             y = F.one_hot(y, self.num_classes_to_mix).float()
         u_BN = seeding.uniform(self.seed, epoch, index_B, sum(self.draws), AUGMENT_STREAM)
         for augmentation, own_BN in zip(self.augment, u_BN.split(self.draws, dim=1), strict=True):
             x, y = augmentation(x, y, own_BN)
-        return Batch(self.normalise.of_scaled(x), y, index_B)
+        return Batch.single(self.normalise.of_scaled(x), y, index_B)

@@ -19,7 +19,7 @@ def collect(predict: Callable[[Tensor], Tensor], spec: DataSpec, batches: Iterab
         ConfigError: there is no sample.
     """
     with torch.no_grad():
-        parts = [Predictions(spec, batch.index, batch.y, predict(batch.x).float()) for batch in batches]
+        parts = [Predictions(spec, batch.index, batch.y, predict(*batch.inputs).float()) for batch in batches]
     if not parts:
         raise ConfigError(f"task.split: {spec.name} has no sample there, so there is nothing to measure")
     return join(parts)

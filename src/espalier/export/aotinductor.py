@@ -47,9 +47,7 @@ class AOTInductor(Format):
                 "on Debian and Ubuntu: apt-get install g++"
             )
 
-    def write(
-        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
-    ) -> None:
+    def write(self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
         """Compile for batches of any size; takes seconds to a minute."""
         with converting("aotinductor"), draft(path) as target, torch.no_grad():
             exported = reloaded(program(model, spec))

@@ -200,7 +200,9 @@ def _prepare_module(
     )
 
 
-def time(candidates: Sequence[Candidate], samples: Sequence[Tensor], batches: Sequence[Count], rounds: Count) -> Iterator[str]:
+def time(
+    candidates: Sequence[Candidate], samples: Sequence[Tensor], batches: Sequence[Count], rounds: Count
+) -> Iterator[str]:
     """Fill latencies into the rows, with all candidates of a batch size in turns; yield remarks for the reader."""
     for candidate in candidates:
         candidate.row.update(speedup={}, latency_ms={}, samples_per_second={})

@@ -61,9 +61,7 @@ def deployable(trained: nn.Module, history: Sequence[Entry]) -> Deployable:
     return Deployable(trained.eval(), kept, finalize(copy.deepcopy(trained), kept).eval(), conversion(kept))
 
 
-def export(
-    name: str, trained: nn.Module, history: Sequence[Entry], spec: DataSpec, path: Path
-) -> Artifact:
+def export(name: str, trained: nn.Module, history: Sequence[Entry], spec: DataSpec, path: Path) -> Artifact:
     """Write the deployable form of a trained network to `path`."""
     network = deployable(trained, history)
     onnx.write(network.module, spec, path, network.conversion)

@@ -32,9 +32,7 @@ class ExecuTorch(Format):
         """Raise `ConfigError` unless executorch is installed."""
         require_package(key, "executorch", "pip install 'espalier[executorch]'")
 
-    def write(
-        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
-    ) -> None:
+    def write(self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
         """Write the program for batches of 1 to MAX_BATCH."""
         with converting("executorch"), draft(path) as target, silent():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

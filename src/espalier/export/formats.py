@@ -55,9 +55,7 @@ class Format(plugins.Plugin):
         """Raise `ConfigError`, which starts with `key`, unless all that writing and running need is installed."""
 
     @abstractmethod
-    def write(
-        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
-    ) -> None:
+    def write(self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
         """Write a network in evaluation mode unchanged; a crash leaves the old files or the new.
 
         `path` is that of the first file, the others lie beside it.
@@ -67,7 +65,7 @@ class Format(plugins.Plugin):
         """
 
     def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:
-        """Open a file on the CPU; the result maps its inputs, (B, ...) each, to float32 logits (B, K), without gradients."""
+        """Open a file on the CPU; the result maps inputs (B, ...) to float32 logits (B, K), without gradients."""
         raise NotImplementedError(f"{type(self).__name__} has no runtime")
 
 

@@ -18,8 +18,8 @@ from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export.formats import Format, converting, draft, require_package, require_precision, silent
 from espalier.export.torch_export import program
-from espalier.spec import DataSpec
 from espalier.signature import example
+from espalier.spec import DataSpec
 
 INSTALL = "pip install litert-torch==0.10.0, then pip install 'typing-extensions>=4.16' 'pydantic>=2.13'"
 
@@ -35,9 +35,7 @@ class LiteRT(Format):
         for package in ("litert_torch", "ai_edge_litert"):
             require_package(key, package, INSTALL)
 
-    def write(
-        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
-    ) -> None:
+    def write(self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
         """Write the network for one sample at a time."""
         if isinstance(model, CapturedNet):
             raise ConfigError(

@@ -25,8 +25,8 @@ from espalier.config.ranges import Count
 from espalier.errors import ConfigError
 from espalier.export import session
 from espalier.export.formats import Format, draft, quiet, reason, require_precision
-from espalier.spec import DataSpec
 from espalier.signature import dynamic, example
+from espalier.spec import OUTPUT, DataSpec
 
 OPSET = 20  # the first that has GELU as one operator
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
@@ -219,7 +219,7 @@ def _is_default(node: NodeProto, attribute: AttributeProto) -> bool:
 def _shorten(graph: GraphProto) -> None:
     """Shorten the names of all tensors but input and output; merge equal constants, and remove unused ones."""
     used = {name for node in graph.node for name in node.input}
-    short: dict[str, str] = {"": "", INPUT: INPUT, OUTPUT: OUTPUT}
+    short: dict[str, str] = {"": "", OUTPUT: OUTPUT, **{each.name: each.name for each in graph.input}}
     constants: dict[bytes, TensorProto] = {}
     for constant in graph.initializer:
         if constant.name in used:
@@ -268,9 +268,7 @@ class ONNX(Format):
     conversions: ClassVar[Collection[str]] = tuple(CONVERSIONS)
     place: ClassVar[int] = 0
 
-    def write(
-        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
-    ) -> None:
+    def write(self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
         write(model, spec, path, conversion)
 
     def session(self, path: Path, threads: Count) -> Callable[..., Tensor]:

@@ -31,9 +31,7 @@ class OpenVINO(Format):
         """Raise `ConfigError` unless openvino is installed."""
         require_package(key, "openvino", "pip install 'espalier[openvino]'")
 
-    def write(
-        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
-    ) -> None:
+    def write(self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
         """Write graph (`.xml`) and weights (`.bin`, same name) for batches of any size."""
         require_precision("openvino", model)
         kept = conversion if conversion is not None and conversion.kind in self.conversions else None

@@ -3,13 +3,14 @@
 Letters: B batch, C channels, H height, W width.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from espalier.data import pictures
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, Input
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,12 +23,18 @@ PICTURE = (
 )
 
 
-def normalise(spec: DataSpec, raw: NDArray) -> NDArray[np.float32]:
+def normalise(spec: DataSpec | Input, raw: NDArray) -> NDArray[np.float32]:
     """Return the model input of raw values (B, *shape) by `FORMULA`, bit-equal to `data.transforms.Normalise`."""
     shape = (len(spec.mean), *[1] * (len(spec.shape) - 1))
     mean = np.array(spec.mean, dtype=np.float32).reshape(shape)
     std = np.array(spec.std, dtype=np.float32).reshape(shape)
     return (raw.astype(np.float32) / np.float32(spec.scale) - mean) / std
+
+
+def prepared(spec: DataSpec, raw: Sequence[NDArray]) -> list[NDArray]:
+    """Return what the network is called with, of raw values per input; tokens stay as they are."""
+    pairs = zip(spec.inputs, raw, strict=True)
+    return [values if each.is_tokens else normalise(each, values) for each, values in pairs]
 
 
 def raw_of(spec: DataSpec, image: "Image.Image") -> NDArray[np.float32]:

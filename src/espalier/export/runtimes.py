@@ -62,9 +62,7 @@ def of_bundle(bundle: Bundle, name: str, threads: int) -> tuple[Row, Predict]:
     return row, deployed.session(name, bundle.file(name), threads, bundle.sample_by_sample)
 
 
-def of_network(
-    network: Deployable, name: str, spec: DataSpec, folder: Path, threads: int
-) -> tuple[Row, Predict]:
+def of_network(network: Deployable, name: str, spec: DataSpec, folder: Path, threads: int) -> tuple[Row, Predict]:
     """Write a network into `folder` in one format; return its cost, and the network in that format, ready to run."""
     written = formats.named(name)
     path = folder / written.files[0]

@@ -14,8 +14,8 @@ from torch import nn
 
 from espalier.compression.base import Conversion
 from espalier.export.formats import DTYPES, Format, InPrecision, converting, draft
-from espalier.spec import DataSpec
 from espalier.signature import to_entry
+from espalier.spec import DataSpec
 
 
 class Safetensors(Format):
@@ -24,9 +24,7 @@ class Safetensors(Format):
     files: ClassVar[tuple[str, ...]] = ("model.safetensors",)
     precisions: ClassVar[Collection[str]] = tuple(DTYPES)
 
-    def write(
-        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
-    ) -> None:
+    def write(self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
         """Write every parameter and buffer under its name, and the shape of a sample as metadata.
 
         Tensors that share memory are written once per name.

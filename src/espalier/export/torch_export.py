@@ -12,15 +12,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from espalier.compression.base import Conversion
 from espalier.config.ranges import Count
 from espalier.export.formats import DTYPES, Format, converting, draft, on_cpu
-from espalier.trust.torch_program import require_harmless
-from espalier.spec import DataSpec
 from espalier.signature import dynamic, example
+from espalier.spec import DataSpec
+from espalier.trust.torch_program import require_harmless
 
 
 class TorchExport(Format):
@@ -31,9 +31,7 @@ class TorchExport(Format):
     precisions: ClassVar[Collection[str]] = tuple(DTYPES)
     place: ClassVar[int] = 1
 
-    def write(
-        self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None
-    ) -> None:
+    def write(self, model: nn.Module, spec: DataSpec, path: Path, conversion: Conversion | None = None) -> None:
         """Write the program for batches of any size; quantized values stay integers in the file, sums are float."""
         with converting("torch_export"), draft(path) as target:
             torch.export.save(program(model, spec), target)

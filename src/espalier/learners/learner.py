@@ -5,7 +5,7 @@ Letters: B batch, K classes.
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ from espalier.learners.exact_training import ExactTraining
 from espalier.learners.position import require_validation
 from espalier.optim.build import build_optimizer, build_scheduler
 from espalier.seeding import seed_step
+from espalier.signature import example
 from espalier.spec import DataSpec
 from espalier.targets.kind import TargetKind
 from espalier.targets.kinds import kind_of
@@ -65,7 +66,7 @@ class Learner(ExactTraining):
         self.compiles = compile
         self.input_dtype: torch.dtype | None = None  # of a network in 16 bits; see precision.py
         self.metrics = nn.ModuleDict({split: self.new_metrics(split) for split in ("val", "test")})
-        self.example_input_array = torch.zeros(2, *spec.shape)
+        self.example_input_array = example(spec, 2)
         self.measured: dict[Split, dict[str, Tensor]] = {}  # of the last pass over a split, tables included
 
     @property
@@ -105,9 +106,12 @@ class Learner(ExactTraining):
         """Return what the metrics compare with y: the model's output in the unit of the target."""
         return self.kind.measured(output)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
-        return self.model(x) if self.input_dtype is None else self.model(x.to(self.input_dtype)).float()
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.channels_last:
+            inputs = tuple([x.contiguous(memory_format=torch.channels_last) for x in inputs])
+        if self.input_dtype is None:
+            return self.model(*inputs)
+        return self.model(*(x.to(self.input_dtype) if x.is_floating_point() else x for x in inputs)).float()
 
     def setup(self, stage: str) -> None:
         if self.channels_last:
@@ -141,16 +145,16 @@ class Learner(ExactTraining):
         self._epoch, self._rank = self.current_epoch, self.global_rank
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x, y, self.guard.index = batch
+        inputs, (y,), self.guard.index = batch
         seed_step(self.seed, self._epoch, batch_idx, self._rank)
-        output = self.forward(x)
-        loss = self.objective(x, output, y)
+        output = self.forward(*inputs)
+        loss = self.objective(inputs, output, y)
         self.last_loss = loss.detach()
         with torch.no_grad():
             self.train_sums.add_(self.sums(output, y, self.last_loss))
         return loss
 
-    def objective(self, x: Tensor, output: Tensor, y: Tensor) -> Tensor:
+    def objective(self, inputs: Sequence[Tensor], output: Tensor, y: Tensor) -> Tensor:
         """Return what training minimises, scalar; a distillation puts a teacher beside the loss."""
         return self.training_loss(output, y)
 
@@ -176,8 +180,8 @@ class Learner(ExactTraining):
         self._measure("test", batch)
 
     def _measure(self, split: Split, batch: Batch) -> None:
-        if len(batch.y):  # the last batch of a rank may be empty
-            self._metrics(split).update(self.predict(self.forward(batch.x).float()), batch.y)
+        if len(batch.index):  # the last batch of a rank may be empty
+            self._metrics(split).update(self.predict(self.forward(*batch.inputs).float()), batch.y)
 
     def _metrics(self, split: Split) -> MetricCollection:
         return self.metrics[split]  # type: ignore[return-value]

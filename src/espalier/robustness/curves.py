@@ -32,13 +32,13 @@ def harmed(
     normalise = Normalise(spec, torch.device("cpu"))
     if not spec.is_image:
         setting = Setting(base.kind_of(spec), seed, largest, loss)
-        yield from (batch._replace(x=harm.harm(batch, severity, setting)) for batch in batches)
+        yield from (batch._replace(inputs=(harm.harm(batch, severity, setting),)) for batch in batches)
         return
     of_pixels = None if loss is None else lambda x, y_B: loss(normalise.of_scaled(x), y_B)
     setting = Setting(base.kind_of(spec), seed, largest, of_pixels)
     for batch in batches:
-        pixels = batch._replace(x=(batch.x * normalise.std + normalise.mean).clamp(0, 1))
-        yield batch._replace(x=normalise.of_scaled(harm.harm(pixels, severity, setting)))
+        pixels = batch._replace(inputs=((batch.x * normalise.std + normalise.mean).clamp(0, 1),))
+        yield batch._replace(inputs=(normalise.of_scaled(harm.harm(pixels, severity, setting)),))
 
 
 def severities(

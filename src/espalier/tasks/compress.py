@@ -63,14 +63,14 @@ def export(run: Run, source: Checkpoint, result: Checkpoint) -> Iterator[Artifac
 
     If the recipe cuts channels and quantizes, the cut network in float comes in between.
     """
-    folder, shape, name = run.folder / "export", run.data.spec.shape, deployed.name_of
+    folder, spec, name = run.folder / "export", run.data.spec, deployed.name_of
     network = networks.trained(source)
-    yield deployed.export(name(source.history), network, source.history, shape, folder / "source.onnx")
+    yield deployed.export(name(source.history), network, source.history, spec, folder / "source.onnx")
     if {Stage.STRUCTURE, Stage.QUANTIZE} <= stages(run):
         network, history = networks.in_float(result)
-        yield deployed.export("the same in float", network, history, shape, folder / "float.onnx")
+        yield deployed.export("the same in float", network, history, spec, folder / "float.onnx")
     network = networks.trained(result)
-    yield deployed.export(name(result.history), network, result.history, shape, folder / "compressed.onnx")
+    yield deployed.export(name(result.history), network, result.history, spec, folder / "compressed.onnx")
 
 
 def scan_source(run: Run) -> Iterator[str]:

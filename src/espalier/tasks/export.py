@@ -11,7 +11,7 @@ from espalier.composition import networks
 from espalier.compression.base import is_quantized
 from espalier.config.ranges import Count, Positive, Rate
 from espalier.errors import ConfigError
-from espalier.export import bundle, conclusions, deployed, formats, onnx, parity, preprocess
+from espalier.export import bundle, conclusions, deployed, formats, parity, preprocess
 from espalier.export.deployed import Deployable
 from espalier.profiling import cost
 from espalier.reporting import provenance, report
