@@ -16,8 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from espalier.cli import entry, program
-from espalier.evaluation import error_figures
-from espalier.reporting import figures
+from espalier.reporting import error_figures, figures
 from helpers import composing, forked
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
