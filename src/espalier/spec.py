@@ -12,6 +12,8 @@ Entry = dict[str, Any]  # what one method of compression did to a network: "meth
 
 Axis = int | str  # a size, or a letter: a length that differs between samples
 INPUT, OUTPUT = "input", "logits"  # of a network that takes one tensor and gives one
+PAD, UNKNOWN, FIRST = 0, 1, 2  # ids of tokens: what follows a text, what the vocabulary lacks, its first one
+Cut = Literal["words", "characters", "bytes"]  # how a text becomes tokens
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Input:
     std: tuple[float, ...] = (1.0,)
     background: tuple[int, ...] = (0, 0, 0)  # red, green and blue under what is transparent in a picture file
     vocabulary: tuple[str, ...] = ()  # of tokens, from id 2 on
+    cut: Cut = "words"
 
     @property
     def is_tokens(self) -> bool:

@@ -13,7 +13,7 @@ from espalier.data.augment import Crop, Flip
 from espalier.data.breast_cancer import BreastCancer
 from espalier.data.diabetes import Diabetes
 from espalier.data.digits import Digits
-from espalier.data.loaders import Samples
+from espalier.data.loaders import Batch, Samples
 from espalier.data.mixing import Mixup
 from espalier.data.module import DataModule, Splits
 from espalier.data.splits import statistics, stratified
@@ -181,9 +181,9 @@ def test_augmentation_changes_with_seed_and_epoch(changed):
     data = synthetic()
     raw, y, index = data.splits.train.x, data.splits.train.y, torch.arange(90)
     crop = [Crop(padding=0.25)]
-    one = Prepare(data.spec, crop, 0, torch.device("cpu"))(raw, y, index, 0)
+    one = Prepare(data.spec, crop, 0, torch.device("cpu"))(Batch.single(raw, y, index), 0)
     seed, epoch = (1, 0) if changed == "seed" else (0, 1)
-    other = Prepare(data.spec, crop, seed, torch.device("cpu"))(raw, y, index, epoch)
+    other = Prepare(data.spec, crop, seed, torch.device("cpu"))(Batch.single(raw, y, index), epoch)
     assert (one.x != other.x).flatten(1).any(dim=1).float().mean() > 0.5
 
 
@@ -192,7 +192,9 @@ def test_a_sample_is_augmented_alike_in_any_batch():
     train, index = data.splits.train, torch.arange(90)
     prepare = Prepare(data.spec, [Crop(padding=0.25), Flip(probability=0.5)], 0, torch.device("cpu"))
     few = torch.tensor([44, 2, 71])
-    assert torch.equal(prepare(train.x[few], train.y[few], few, 3).x, prepare(train.x, train.y, index, 3).x[few])
+    whole = Batch.single(train.x, train.y, index)
+    part = Batch.single(train.x[few], train.y[few], few)
+    assert torch.equal(prepare(part, 3).x, prepare(whole, 3).x[few])
 
 
 def test_mixing_runs_last_and_gives_class_probabilities():

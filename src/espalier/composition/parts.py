@@ -56,6 +56,8 @@ class Parts:
     @cached_property
     def data(self) -> DataModule:
         data: DataModule = build.part("data", self.cfg.data, seed=self.cfg.seed)
+        if self.resumed or (self.sources and self.task != "train"):
+            data.trained = self.resumed.spec if self.resumed else self.sources[0].spec
         if self.task != "train":
             for source in self.sources:
                 origin.require_same_data("source", data, source)

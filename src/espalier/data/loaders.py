@@ -85,8 +85,22 @@ class Samples:
         (y,) = self.targets
         return y
 
+    @property
+    def has_lengths(self) -> bool:
+        """Return whether samples are of different lengths: token ids, padded with 0."""
+        return any(map(_is_tokens, self.inputs))
+
+    def lengths(self) -> Tensor:
+        """Return the number of tokens of each sample, (N,)."""
+        counts = [(x != 0).sum(1) for x in self.inputs if _is_tokens(x)]
+        return torch.stack(counts).amax(0)
+
     def __len__(self) -> int:
         return len(self.targets[0])
+
+
+def _is_tokens(x: Tensor) -> bool:
+    return x.dtype == torch.int64 and x.ndim == 2
 
 
 class Reader(Protocol):
@@ -189,13 +203,22 @@ class BatchLoader(Loader):
         super().__init__(order, samples.targets[0].device)
         self.samples = samples
         self.finish = finish
+        self.lengths_N = samples.lengths().cpu() if samples.has_lengths else None
 
     def _batches(self, start: int) -> Iterator[Batch]:
         inputs, targets, finish, epoch = self.samples.inputs, self.samples.targets, self.finish, self.sampler.epoch
         for index_B in self.sampler.batches(self.device)[start:]:
             picked = tuple([x.index_select(0, index_B) for x in inputs])
+            if self.lengths_N is not None:
+                picked = self._trimmed(picked, index_B)
             batch = Batch(picked, tuple([y.index_select(0, index_B) for y in targets]), index_B)
             yield batch if finish is None else finish(batch, epoch)
+
+    def _trimmed(self, inputs: tuple[Tensor, ...], index_B: Tensor) -> tuple[Tensor, ...]:
+        """Cut tokens to the longest sample of the batch, which depends on the order alone."""
+        assert self.lengths_N is not None
+        longest = int(self.lengths_N[index_B.cpu()].max()) if len(index_B) else 1
+        return tuple([x[:, :longest] if _is_tokens(x) else x for x in inputs])
 
 
 class StreamLoader(Loader):

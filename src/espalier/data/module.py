@@ -47,6 +47,7 @@ class DataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.notes: list[str] = []  # what `load` has found, for the user and the report
         self.tested_split: Split = "test"  # what `Trainer.test` sees; evaluation may point it at another
+        self.trained: DataSpec | None = None  # of the network that the samples are for, where there is one already
         self._training: Loader | None = None
         self._resumed: dict[str, Any] | None = None  # position of the training loader that will be asked for next
 

@@ -137,10 +137,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return mixed tokens; `mask`, which broadcasts to (B, A, N, N), is False where a query may not see a key."""
         qkv_BN3AD = self.qkv(x_BND).unflatten(2, (3, self.num_heads, self.head_width))
         q_BAND, k_BAND, v_BAND = qkv_BN3AD.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BAND = F.scaled_dot_product_attention(q_BAND, k_BAND, v_BAND)
+        mixed_BAND = F.scaled_dot_product_attention(q_BAND, k_BAND, v_BAND, mask)
         return self.proj(mixed_BAND.transpose(1, 2).flatten(2))
 
 
