@@ -1,10 +1,11 @@
 """What a network is called with: examples of its inputs, and which of their axes may differ."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
 from espalier.spec import DataSpec, of_shape
@@ -28,14 +29,19 @@ def example(
     )
 
 
-def dynamic(spec: DataSpec, max_batch: int | None = None) -> tuple[dict[int, Dim], ...]:
-    """Return the axes that may differ: the batch, and every axis that is a letter; one letter is one length."""
+def dynamic(model: nn.Module, spec: DataSpec, max_batch: int | None = None) -> tuple[Any, ...]:
+    """Return the axes that may differ, for each argument of `forward`: the batch, and every axis that is a letter.
+
+    One letter is one length. The inputs are one argument of a `forward(self, *inputs)`.
+    """
     batch = Dim("batch", min=1, max=max_batch)
     letters = {letter: Dim(letter, min=1, max=most) for letter, most in spec.longest}
-    return tuple(
+    axes = tuple(
         {0: batch, **{place: letters[axis] for place, axis in enumerate(each.shape, 1) if isinstance(axis, str)}}
         for each in spec.inputs
     )
+    arguments = inspect.signature(model.forward).parameters.values()
+    return (axes,) if any(each.kind is each.VAR_POSITIONAL for each in arguments) else axes
 
 
 def to_entry(spec: DataSpec) -> dict[str, Any]:

@@ -150,7 +150,9 @@ def capture(model: nn.Module, spec: DataSpec) -> CapturedNet:
     trains = model.training
     device = next((parameter.device for parameter in model.parameters()), None)
     try:
-        program = torch.export.export(model.train(), example(spec, 2, device), dynamic_shapes=dynamic(spec, MAX_BATCH))
+        program = torch.export.export(
+            model.train(), example(spec, 2, device), dynamic_shapes=dynamic(model, spec, MAX_BATCH)
+        )
     except Exception as error:  # torch.export documents no type
         raise ConfigError(
             f"{type(model).__name__}: torch.export cannot capture it, so it cannot be quantized "

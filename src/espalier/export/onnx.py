@@ -85,7 +85,7 @@ def _export(model: nn.Module, spec: DataSpec) -> ModelProto:
             opset_version=OPSET,
             input_names=[each.name for each in spec.inputs],
             output_names=[OUTPUT],
-            dynamic_shapes=dynamic(spec),
+            dynamic_shapes=dynamic(model, spec),
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:

@@ -68,7 +68,7 @@ def program(
     `num_example` is the size of the batch that torch follows through the network. It matters: torch remembers which
     kernel such a batch takes, and what executorch makes of a batch below 16 refuses 16 and more.
     """
-    shapes = None if max_batch == 1 else dynamic(spec, max_batch)
+    shapes = None if max_batch == 1 else dynamic(model, spec, max_batch)
     inputs = example(spec, min(num_example, max_batch or num_example))
     with torch.no_grad():
         exported = torch.export.export(on_cpu(model), inputs, dynamic_shapes=shapes)
