@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_options import SMALL, composed, options, run_of, word
+from test_options import composed, options, run_of, small, word
 from torch import Tensor, nn
 
 from espalier.compression.base import Stage, conversion, finalize, methods, replay, stage_of
@@ -35,7 +35,7 @@ TOLERANCE = {"weight_only": 0.05}
 
 def run_with(folder: Path, method: str, model: str) -> Run:
     """A run that is about to apply one method to a small, briefly disturbed network."""
-    words = (f"model={model}", *SMALL.get(model, ()), word("compression", method), *SETTINGS.get(method, ()))
+    words = (*small(model), word("compression", method), *SETTINGS.get(method, ()))
     run = run_of(folder, composed(*words).copy())
     run.__dict__["network_of"] = lambda key, reference: frozen_copy(run.model)  # the teacher: itself
     return run
@@ -97,9 +97,9 @@ def test_what_was_applied_is_rebuilt_to_the_last_bit_and_exported(
     except ConfigError as error:
         [line] = str(error).splitlines()
         pytest.skip(f"not for this model: {line}")
-    x = run.data.samples(64).x
+    x = run.data.samples(64).inputs
     network.train()
-    network(x)  # observers and batch norms have seen something
+    network(*x)  # observers and batch norms have seen something
     network.eval()
     stored = through_a_file({"weights": network.state_dict(), "history": [entry]})
     fresh = replay(copy.deepcopy(original), stored["history"])
@@ -113,7 +113,7 @@ def test_what_was_applied_is_rebuilt_to_the_last_bit_and_exported(
     if not is_exported:
         return
     onnx.write(deployed, run.data.spec, tmp_path / "model.onnx", conversion(stored["history"]))
-    exported = onnx.Session(tmp_path / "model.onnx", threads=1)(x)
+    exported = onnx.Session(tmp_path / "model.onnx", threads=1)(*x)
     assert (exported - expected).abs().max() <= tolerance(method) * expected.abs().max()
 
 
@@ -131,7 +131,7 @@ for file in map(Path, sys.argv[1:]):
     model = replay(prepare(compose(words), words, file.parent, "train").model, stored["history"])
     model.load_state_dict(stored["weights"])
     with torch.no_grad():
-        torch.save(model.eval()(stored["x"]), file.with_suffix(".logits"))
+        torch.save(model.eval()(*stored["x"]), file.with_suffix(".logits"))
 assert "torch_pruning" not in sys.modules
 """
 
@@ -153,12 +153,12 @@ def test_every_method_is_rebuilt_in_a_new_process_to_the_last_bit(tmp_path: Path
     expected = {}
     for method in options("compression"):
         model, run, network, entry = applied_where_it_fits(tmp_path, method)
-        x = run.data.samples(64).x
+        x = run.data.samples(64).inputs
         network.train()
-        network(x)
+        network(*x)
         expected[method] = logits(network.eval(), x)
         stored = {
-            "words": [f"model={model}", *SMALL.get(model, ())],
+            "words": [*small(model)],
             "history": [entry],
             "weights": network.state_dict(),
             "x": x,
@@ -172,5 +172,5 @@ def test_every_method_is_rebuilt_in_a_new_process_to_the_last_bit(tmp_path: Path
 
 
 @torch.no_grad()
-def logits(network: nn.Module, x: Tensor) -> Tensor:
-    return network(x)
+def logits(network: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    return network(*inputs)

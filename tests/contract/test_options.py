@@ -1,6 +1,7 @@
 """What every option of every group promises. A new file in `conf/` is covered without touching this one."""
 
 import inspect
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,10 @@ from espalier.config import check, compose, conf_dir
 from espalier.data.hub_images import HubImages
 from espalier.errors import ConfigError
 from espalier.run import Run
+from espalier.signature import example
+from espalier.spec import FIRST
 from espalier.validate import prepare
+from helpers import texts
 
 NUM_OPTIONS = {  # at least; a search that finds nothing proves nothing
     **{
@@ -40,13 +44,25 @@ SMALL = {
     "mlp": ("model.hidden=[8]",),
     "resnet": ("model.depth=8", "model.width=4"),
     "vit": ("model.depth=1", "model.width=8", "model.heads=2"),
+    "text_cnn": ("model.width=8", "model.channels=8"),
+    "lstm": ("model.width=8",),
+    "transformer": ("model.width=8", "model.depth=1", "model.heads=2"),
 }
+TEXTS = texts.write(Path(tempfile.mkdtemp(prefix="texts_")) / "texts.csv")  # for networks that read tokens
 TWO_STEPS = ("trainer.max_steps=2", "trainer.limit_val_batches=0", "data.batch_size=32")
 BATCH = 4
 
 
 def options(group: str) -> list[str]:
     return conf_dir.groups()[group]
+
+
+def small(model: str) -> tuple[str, ...]:
+    """A small network of this kind, and data that it reads."""
+    target = compose.compose([f"model={model}", "data=digits"]).model._target_
+    reads_tokens = "input_shape" not in inspect.signature(check.locate(target)).parameters
+    data = ("data=text", f"data.path={TEXTS}") if reads_tokens else ("data=digits",)
+    return (*data, f"model={model}", *SMALL.get(model, ()))
 
 
 def word(group: str, option: str) -> str:
@@ -143,20 +159,28 @@ def test_data_give_a_spec_and_batches_that_fit_it(
     cfg.data.batch_size = BATCH
     if cfg.data._target_.endswith("HubImages"):
         cfg.data.path, cfg.data.num_workers = str(images), 0  # a pool left in mid-epoch ends when it likes
+    elif OmegaConf.is_missing(cfg.data, "path"):
+        cfg.data.path = str(TEXTS)
     data = run_of(tmp_path, cfg).data
     assert not isinstance(data, HubImages) or data.spec.class_counts in {(30, 30), (29, 29)}  # carved or not
     batch, spec = next(iter(data.train_dataloader())), data.spec
-    assert batch.x.shape == (BATCH, *spec.shape)
-    assert batch.x.dtype == torch.float32
-    assert batch.x.isfinite().all()
-    assert 0 < batch.x.abs().mean() < 10  # normalised
     assert len(batch.y) == BATCH
-    assert len(spec.mean) == len(spec.std) == spec.shape[0]
+    for x, each in zip(batch.inputs, spec.inputs, strict=True):
+        if each.is_tokens:
+            assert x.dtype == torch.int64
+            assert 1 <= x.amax() < len(each.vocabulary) + FIRST
+            assert (x != 0).any(0).all()  # no longer than the longest of the batch
+            continue
+        assert x.shape == (BATCH, *each.shape)
+        assert x.dtype == torch.float32
+        assert x.isfinite().all()
+        assert 0 < x.abs().mean() < 10  # normalised
+        assert len(each.mean) == len(each.std) == each.shape[0]
     if spec.num_classes:
         assert sum(spec.class_counts) == len(data.splits.train)
         assert ((batch.y >= 0) & (batch.y < spec.num_classes)).all()
     for split in ("val", "test"):
-        assert next(iter(data.loader(split))).x.shape[1:] == spec.shape
+        assert [x.ndim for x in next(iter(data.loader(split))).inputs] == [1 + len(each.shape) for each in spec.inputs]
 
 
 @pytest.mark.parametrize("option", options("data/augment"))
@@ -237,11 +261,11 @@ def train_two_steps(run: Run) -> None:
 @pytest.mark.parametrize("optimizer", options("optimizer"))
 @pytest.mark.parametrize("model", options("model"))
 def test_every_model_trains_with_every_optimizer(tmp_path: Path, model: str, optimizer: str):
-    cfg = silent(f"model={model}", *SMALL.get(model, ()), *TWO_STEPS)
+    cfg = silent(*small(model), *TWO_STEPS)
     cfg.optimizer = composed(f"optimizer={optimizer}").optimizer
     run = run_of(tmp_path, cfg)
     train_two_steps(run)
-    assert run.model(torch.zeros(3, *run.data.spec.shape)).shape == (3, 10)
+    assert run.model(*example(run.data.spec, 3)).shape == (3, run.data.spec.num_outputs)
 
 
 @pytest.mark.parametrize("scheduler", options("scheduler"))

@@ -31,6 +31,7 @@ from espalier.models.densenet import DenseNet
 from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
+from espalier.signature import dynamic
 from espalier.spec import DataSpec, of_shape
 
 SHAPE = (3, 16, 16)
@@ -136,11 +137,11 @@ def make_ptq(shape: tuple[int, ...] = SHAPE, skip: tuple[str, ...] = (), mode: s
 def deploy(model: nn.Module, shape: tuple[int, ...], folder: Path) -> tuple[Counter[str], Callable[[Tensor], Tensor]]:
     """The operators that ONNX Runtime really runs, and their output."""
     path, optimised = folder / "model.onnx", folder / "optimised.onnx"
-    batch = torch.export.Dim("batch", min=1, max=4096)
     logging.disable(logging.WARNING)
     torch.onnx.export(
         model, (torch.zeros(2, *shape),), path, dynamo=True, opset_version=18, external_data=False,
-        input_names=["input"], output_names=["logits"], dynamic_shapes=({0: batch},), verbose=False,
+        input_names=["input"], output_names=["logits"],
+        dynamic_shapes=dynamic(model, of_shape(shape), 4096), verbose=False,
     )  # fmt: skip
     logging.disable(logging.NOTSET)
     proto = onnx.load(path)

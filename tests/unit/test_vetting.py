@@ -91,7 +91,7 @@ class Grouped(nn.Module):
 
 def test_sizes_computed_from_the_batch_are_honest(tmp_path: Path):
     model = Grouped().eval()
-    TorchExport().write(model, SHAPE, tmp_path / "model.pt2")
+    TorchExport().write(model, of_shape(SHAPE), tmp_path / "model.pt2")
     x = torch.randn(5, *SHAPE)
     with torch.no_grad():
         expected = model(x)

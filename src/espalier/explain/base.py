@@ -148,6 +148,16 @@ def by_position(attribution: Tensor) -> Tensor:
     return attribution.sum(dim=0) if attribution.ndim == 3 else attribution
 
 
+def require_explained(spec: DataSpec) -> None:
+    """Raise `ConfigError` if the methods know no maps of such samples."""
+    if not spec.is_plain:
+        kinds = " and ".join(each.kind for each in spec.inputs)
+        raise ConfigError(
+            f"data {spec.name}: samples are {kinds}, and explain makes maps of images and tables alone; "
+            "for texts ask a server: espalier serve source=BUNDLE, /explain"
+        )
+
+
 def default_patch(shape: Sequence[int]) -> int:
     """Return an eighth of the longer side of an image, at least one pixel; 1 for a table."""
     return max(1, -(-max(shape[1:]) // PIECES_PER_SIDE)) if len(shape) == 3 else 1

@@ -132,7 +132,9 @@ def attacks(chosen: Sequence[str]) -> list[str]:
 
 
 def kind_of(spec: DataSpec) -> str:
-    """Return which of `KINDS` the samples are."""
+    """Return which of `KINDS` the samples are, or another word where nothing can be harmed so."""
+    if not spec.is_plain:
+        return " and ".join(each.kind for each in spec.inputs)
     return "images" if spec.is_image else "tables"
 
 
@@ -142,7 +144,7 @@ def require_applicable(key: str, chosen: Sequence[str], spec: DataSpec) -> None:
         raise ConfigError(f"{key}=[{','.join(chosen)}]: one is listed twice; once is enough")
     kind = kind_of(spec)
     if wrong := [name for name in chosen if kind not in named(name).applies_to]:
-        able = ", ".join(name for name in names() if kind in named(name).applies_to)
+        able = ", ".join(name for name in names() if kind in named(name).applies_to) or "nothing yet, so say []"
         raise ConfigError(
             f"{key}=[{','.join(wrong)}]: {spec.name} holds {kind}, which cannot be harmed so; {kind} take {able}"
         )

@@ -51,6 +51,7 @@ def explain(
     if run.source is None:
         raise ConfigError("source=null: explain needs the trained RUN that it looks into; try source=latest")
     names, spec = base.chosen(method), run.data.spec
+    base.require_explained(spec)
     numbers, width = class_numbers(spec, classes), base.piece_width(spec, patch)
     model = run.model.to(run.trainer.strategy.root_device).eval().requires_grad_(False)
     shown, unshown = look_at(run, model, split, numbers, samples, order, output)
