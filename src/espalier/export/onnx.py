@@ -94,7 +94,21 @@ def _export(model: nn.Module, spec: DataSpec) -> ModelProto:
             "its forward must be tensor operations that do not depend on values"
         ) from error
     assert program is not None
-    return program.model_proto
+    proto = program.model_proto
+    _require_free(proto.graph, spec)
+    return proto
+
+
+def _require_free(graph: GraphProto, spec: DataSpec) -> None:
+    """Raise `ConfigError` if torch has fixed the size of an axis that may differ, which it does without a word."""
+    for given, each in zip(graph.input, spec.inputs, strict=True):
+        sizes = given.type.tensor_type.shape.dim
+        free = [0, *(place for place, axis in enumerate(each.shape, start=1) if isinstance(axis, str))]
+        if fixed := [place for place in free if sizes[place].HasField("dim_value")]:
+            raise ConfigError(
+                f"export: torch could write this network for {sizes[fixed[0]].dim_value} "
+                f"{'samples' if fixed[0] == 0 else 'tokens'} alone; its forward must work for any number of them"
+            )
 
 
 def _name_after_modules(graph: GraphProto) -> None:
