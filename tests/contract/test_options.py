@@ -45,7 +45,6 @@ SMALL = {
     "resnet": ("model.depth=8", "model.width=4"),
     "vit": ("model.depth=1", "model.width=8", "model.heads=2"),
     "text_cnn": ("model.width=8", "model.channels=8"),
-    "lstm": ("model.width=8",),
     "transformer": ("model.width=8", "model.depth=1", "model.heads=2"),
 }
 TEXTS = texts.write(Path(tempfile.mkdtemp(prefix="texts_")) / "texts.csv")  # for networks that read tokens
