@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from espalier.cli import entry, program
-from espalier.evaluation import error_figures
+from espalier.profiling import latency
 from espalier.reporting import figures
 from helpers import composing, forked
 
@@ -78,8 +78,8 @@ def spare(patch: pytest.MonkeyPatch) -> None:
     """Take from a command inside the test process what costs half of its time and differs in no test.
 
     Hydra composes once more to ask for `hydra.mode`, which is not set. Curves of the same metrics, the confusion matrix
-    of the same classes, as many errors, and figures of the same name with as many parts, are drawn once in each test
-    process, and copied. `launch` leaves all as it is.
+    of the same classes, and figures of the same name with as many parts, are drawn once in each test process, and
+    copied. Latencies are measured in a tenth of the time. `launch` leaves all as it is.
     """
 
     def draw(key: tuple[Any, ...], target: Path, whole: Callable[[], None]) -> None:
@@ -100,7 +100,6 @@ def spare(patch: pytest.MonkeyPatch) -> None:
 
     once(figures, "curves", lambda metrics_csv, _: metrics_csv.read_text().partition("\n")[0])
     once(figures, "confusion_matrix", lambda _counts, class_names, _: tuple(class_names))
-    once(error_figures, "errors", lambda _pictures, true, *_: len(true))
     print_figure = FigureCanvasAgg.print_figure
 
     def print_once(canvas: FigureCanvasAgg, file: str) -> None:
@@ -108,6 +107,8 @@ def spare(patch: pytest.MonkeyPatch) -> None:
         draw(key, Path(file), lambda: print_figure(canvas, file))
 
     patch.setattr(FigureCanvasAgg, "print_figure", print_once)
+    patch.setattr(latency, "WARM_UP_S", latency.WARM_UP_S / 10)
+    patch.setattr(latency, "TURN_S", latency.TURN_S / 10)
     if not any("hydra.mode=" in word for word in sys.argv):
         patch.setattr(Hydra, "get_mode", lambda hydra, config_name, overrides: None)
 
@@ -155,23 +156,31 @@ def _one_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def share_registry(patch: pytest.MonkeyPatch) -> None:
-    """Share the list of operators between exports to ONNX: torch reads it out of the source of 500 functions each time.
+    """Share what libraries read again each time: lists of operators in each export, plugins of Lightning, the digits.
 
-    Not with the first one in a process, which imports the list.
+    Not with the first one in a process, which imports the library.
     """
-    module = sys.modules.get("torch.onnx._internal.exporter._registration")
-    if module is None:
-        return
-    whole = module.ONNXRegistry.from_torchlib
 
-    def shared(**settings: int) -> Any:
-        # There are more operators once a library is imported that has its own.
-        key = (len(torch._C._dispatch_get_all_op_names()), *settings.items())
-        if key not in _registries:
-            _registries[key] = whole(**settings)
-        return _registries[key]
+    def share(module: str, owner: str, name: str) -> None:
+        place = sys.modules.get(module)
+        if place is None:
+            return
+        place = getattr(place, owner) if owner else place
+        whole = getattr(place, name)
 
-    patch.setattr(module.ONNXRegistry, "from_torchlib", staticmethod(shared))
+        def shared(*given: Any, **settings: int) -> Any:
+            # There are more operators once a library is imported that has its own.
+            key = (name, *map(str, given), *settings.items(), len(torch._C._dispatch_get_all_op_names()))
+            if key not in _registries:
+                _registries[key] = whole(*given, **settings)
+            return _registries[key]
+
+        patch.setattr(place, name, staticmethod(shared) if owner else shared)
+
+    share("torch.onnx._internal.exporter._registration", "ONNXRegistry", "from_torchlib")
+    share("torch._export.utils", "", "_collect_all_valid_cia_ops_for_namespace")
+    share("lightning.fabric.utilities.registry", "", "entry_points")
+    share("sklearn.datasets._base", "", "load_gzip_compressed_csv_data")
 
 
 _registries: dict[tuple[Any, ...], Any] = {}
