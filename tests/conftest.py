@@ -1,5 +1,6 @@
 """Runs the command line inside the test process, in a folder of its own."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import torch
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from torch import nn
+from torch.fx import GraphModule
 
 from espalier.cli import entry, program
 from espalier.profiling import latency
@@ -79,7 +82,8 @@ def spare(patch: pytest.MonkeyPatch) -> None:
 
     Hydra composes once more to ask for `hydra.mode`, which is not set. Curves of the same metrics, the confusion matrix
     of the same classes, and figures of the same name with as many parts, are drawn once in each test process, and
-    copied. Latencies are measured in a tenth of the time. `launch` leaves all as it is.
+    copied, and so are networks that were exported to ONNX before. Latencies are measured in a tenth of the time.
+    `launch` leaves all as it is.
     """
 
     def draw(key: tuple[Any, ...], target: Path, whole: Callable[[], None]) -> None:
@@ -107,10 +111,37 @@ def spare(patch: pytest.MonkeyPatch) -> None:
         draw(key, Path(file), lambda: print_figure(canvas, file))
 
     patch.setattr(FigureCanvasAgg, "print_figure", print_once)
+    if onnx := sys.modules.get("espalier.export.onnx"):
+        patch.setattr(onnx, "write", export_once(onnx.write))
     patch.setattr(latency, "WARM_UP_S", latency.WARM_UP_S / 10)
     patch.setattr(latency, "TURN_S", latency.TURN_S / 10)
     if not any("hydra.mode=" in word for word in sys.argv):
         patch.setattr(Hydra, "get_mode", lambda hydra, config_name, overrides: None)
+
+
+_exported: dict[str, bytes] = {}
+
+
+def export_once(write: Callable[..., None]) -> Callable[..., None]:
+    """Return `espalier.export.onnx.write`, which copies the file of a network of the same code and numbers."""
+
+    def write_once(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: object = None) -> None:
+        parts = [type(model), model, model.training, input_shape, conversion]
+        graphs = [vars(part).get("code", part) for part in model.modules()]  # a captured network holds it beside
+        parts += [graph.code for graph in graphs if isinstance(graph, GraphModule)]
+        digest = hashlib.sha256("\n".join(map(str, parts)).encode())
+        for name, value in model.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} {value.device}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        key = digest.hexdigest()
+        if key in _exported:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_exported[key])
+            return
+        write(model, input_shape, path, conversion)
+        _exported[key] = path.read_bytes()
+
+    return write_once
 
 
 def launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
