@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
@@ -80,10 +79,9 @@ _drawn: dict[tuple[Any, ...], bytes] = {}
 def spare(patch: pytest.MonkeyPatch) -> None:
     """Take from a command inside the test process what costs half of its time and differs in no test.
 
-    Hydra composes once more to ask for `hydra.mode`, which is not set. Curves of the same metrics, the confusion matrix
-    of the same classes, and figures of the same name with as many parts, are drawn once in each test process, and
-    copied; so is the ONNX file of a network that was exported before. Latencies are measured in a tenth of the time,
-    but for `benchmark`. `launch` leaves all as it is.
+    Curves of the same metrics, the confusion matrix of the same classes, and figures of the same name with as many
+    parts, are drawn once in each test process, and copied; so is the ONNX file of a network that was exported before.
+    Latencies are measured in a tenth of the time, but for `benchmark`.
     """
 
     def draw(key: tuple[Any, ...], target: Path, whole: Callable[[], None]) -> None:
@@ -116,8 +114,6 @@ def spare(patch: pytest.MonkeyPatch) -> None:
     if "benchmark" not in sys.argv:  # which is about them: one slow call among five would be seen
         patch.setattr(latency, "WARM_UP_S", latency.WARM_UP_S / 10)
         patch.setattr(latency, "TURN_S", latency.TURN_S / 10)
-    if not any("hydra.mode=" in word for word in sys.argv):
-        patch.setattr(Hydra, "get_mode", lambda hydra, config_name, overrides: None)
 
 
 _exported: dict[str, bytes] = {}
@@ -148,7 +144,8 @@ def export_once(write: Callable[..., None]) -> Callable[..., None]:
 def launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m WORDS` in the folder, with the modules of the tests at hand.
 
-    A copy of the fork server, unless a variable says something that is read while a program starts (`can_fork`).
+    A copy of the fork server, whose figures are blank, unless a variable says something that is read while a program
+    starts (`can_fork`).
     """
     own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment}
     return forked.run(["-m", *words], cwd=folder, env=own, timeout=120)
