@@ -1,5 +1,6 @@
 """Runs the command line inside the test process, in a folder of its own."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from torch import nn
+from torch.fx import GraphModule
 
 from espalier.cli import entry, program
-from espalier.reporting import error_figures, figures
+from espalier.profiling import latency
+from espalier.reporting import figures
 from helpers import composing, forked
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
@@ -76,9 +79,9 @@ _drawn: dict[tuple[Any, ...], bytes] = {}
 def spare(patch: pytest.MonkeyPatch) -> None:
     """Take from a command inside the test process what costs half of its time and differs in no test.
 
-    Hydra composes once more to ask for `hydra.mode`, which is not set. Curves of the same metrics, the confusion matrix
-    of the same classes, as many errors, and figures of the same name with as many parts, are drawn once in each test
-    process, and copied. `launch` leaves all as it is.
+    Curves of the same metrics, the confusion matrix of the same classes, and figures of the same name with as many
+    parts, are drawn once in each test process, and copied; so is the ONNX file of a network that was exported before.
+    Latencies are measured in a tenth of the time, but for `benchmark`.
     """
 
     def draw(key: tuple[Any, ...], target: Path, whole: Callable[[], None]) -> None:
@@ -99,7 +102,6 @@ def spare(patch: pytest.MonkeyPatch) -> None:
 
     once(figures, "curves", lambda metrics_csv, _: metrics_csv.read_text().partition("\n")[0])
     once(figures, "confusion_matrix", lambda _counts, class_names, _: tuple(class_names))
-    once(error_figures, "errors", lambda _pictures, true, *_: len(true))
     print_figure = FigureCanvasAgg.print_figure
 
     def print_once(canvas: FigureCanvasAgg, file: str) -> None:
@@ -107,14 +109,43 @@ def spare(patch: pytest.MonkeyPatch) -> None:
         draw(key, Path(file), lambda: print_figure(canvas, file))
 
     patch.setattr(FigureCanvasAgg, "print_figure", print_once)
-    if not any("hydra.mode=" in word for word in sys.argv):
-        patch.setattr(Hydra, "get_mode", lambda hydra, config_name, overrides: None)
+    if onnx := sys.modules.get("espalier.export.onnx"):
+        patch.setattr(onnx, "write", export_once(onnx.write))
+    if "benchmark" not in sys.argv:  # which is about them: one slow call among five would be seen
+        patch.setattr(latency, "WARM_UP_S", latency.WARM_UP_S / 10)
+        patch.setattr(latency, "TURN_S", latency.TURN_S / 10)
+
+
+_exported: dict[str, bytes] = {}
+
+
+def export_once(write: Callable[..., None]) -> Callable[..., None]:
+    """Return `espalier.export.onnx.write`, which copies the file of a network of the same code and numbers."""
+
+    def write_once(model: nn.Module, input_shape: tuple[int, ...], path: Path, conversion: object = None) -> None:
+        parts = [type(model), model, model.training, input_shape, conversion]
+        graphs = [vars(part).get("code", part) for part in model.modules()]  # a captured network holds it beside
+        parts += [graph.code for graph in graphs if isinstance(graph, GraphModule)]
+        digest = hashlib.sha256("\n".join(map(str, parts)).encode())
+        for name, value in model.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} {value.device}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        key = digest.hexdigest()
+        if key in _exported:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_exported[key])
+            return
+        write(model, input_shape, path, conversion)
+        _exported[key] = path.read_bytes()
+
+    return write_once
 
 
 def launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m WORDS` in the folder, with the modules of the tests at hand.
 
-    A copy of the fork server, unless a variable says something that is read while a program starts (`can_fork`).
+    A copy of the fork server, whose figures are blank, unless a variable says something that is read while a program
+    starts (`can_fork`).
     """
     own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment}
     return forked.run(["-m", *words], cwd=folder, env=own, timeout=120)
@@ -154,23 +185,31 @@ def _one_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def share_registry(patch: pytest.MonkeyPatch) -> None:
-    """Share the list of operators between exports to ONNX: torch reads it out of the source of 500 functions each time.
+    """Share what libraries read again each time: lists of operators in each export, plugins of Lightning, the digits.
 
-    Not with the first one in a process, which imports the list.
+    Not with the first one in a process, which imports the library.
     """
-    module = sys.modules.get("torch.onnx._internal.exporter._registration")
-    if module is None:
-        return
-    whole = module.ONNXRegistry.from_torchlib
 
-    def shared(**settings: int) -> Any:
-        # There are more operators once a library is imported that has its own.
-        key = (len(torch._C._dispatch_get_all_op_names()), *settings.items())
-        if key not in _registries:
-            _registries[key] = whole(**settings)
-        return _registries[key]
+    def share(module: str, owner: str, name: str) -> None:
+        place = sys.modules.get(module)
+        if place is None:
+            return
+        place = getattr(place, owner) if owner else place
+        whole = getattr(place, name)
 
-    patch.setattr(module.ONNXRegistry, "from_torchlib", staticmethod(shared))
+        def shared(*given: Any, **settings: int) -> Any:
+            # There are more operators once a library is imported that has its own.
+            key = (name, *map(str, given), *settings.items(), len(torch._C._dispatch_get_all_op_names()))
+            if key not in _registries:
+                _registries[key] = whole(*given, **settings)
+            return _registries[key]
+
+        patch.setattr(place, name, staticmethod(shared) if owner else shared)
+
+    share("torch.onnx._internal.exporter._registration", "ONNXRegistry", "from_torchlib")
+    share("torch._export.utils", "", "_collect_all_valid_cia_ops_for_namespace")
+    share("lightning.fabric.utilities.registry", "", "entry_points")
+    share("sklearn.datasets._base", "", "load_gzip_compressed_csv_data")
 
 
 _registries: dict[tuple[Any, ...], Any] = {}

@@ -13,7 +13,7 @@ from espalier.validate import prepare
 from helpers import forked
 from test_resume import CrashError, crash_at, tensors
 
-SMALL = ("model.depth=8", "model.width=8", "logger=[csv]", "callbacks=[checkpoint,monitor]")
+SMALL = ("model.depth=[1,1]", "model.width=8", "logger=[csv]", "callbacks=[checkpoint,monitor]")
 SHORT = ("trainer.max_epochs=2", "logger=[csv]", "callbacks=[checkpoint,monitor]")
 RECIPES = {
     "prune_channels,distill,qat": ("compression.prune_channels.ratio=0.25", "compression.prune_channels.round_to=2"),

@@ -15,7 +15,7 @@ from test_distributed import KILLED, launch, run_in
 from test_resume import tensors
 
 SHORT = (
-    *("trainer.max_epochs=3", "logger=[csv]", "callbacks=[checkpoint,monitor]", "task.batches=[1]"),
+    *("trainer.max_epochs=2", "logger=[csv]", "callbacks=[checkpoint,monitor]", "task.batches=[1]"),
     "callbacks.checkpoint.every_n_steps=3",
 )
 SPARSE = ("compression=[prune_magnitude]", "compression.prune_magnitude.every_n_steps=2", "strategy=ddp_cpu", *SHORT)

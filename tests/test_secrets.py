@@ -221,4 +221,4 @@ def test_a_log_record_whose_arguments_do_not_fit_is_left_to_its_handler():
 
 def test_a_long_text_costs_no_more_than_its_length():
     for part in ("a_", "://", "key-", "{ ", "?sig", "hf "):
-        assert redaction.scrub(part * 200_000) == part * 200_000
+        assert redaction.scrub(part * 50_000) == part * 50_000

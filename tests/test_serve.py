@@ -448,7 +448,7 @@ def test_a_port_that_is_taken_is_named(espalier: Command, runs: Path) -> None:
 
 
 def test_it_stands_odd_requests_while_it_answers_good_ones(bundle: Path) -> None:
-    words = [sys.executable, str(REQUESTS), str(bundle), "--requests", "300", "--warm-up", "300"]
+    words = [sys.executable, str(REQUESTS), str(bundle), "--requests", "200", "--warm-up", "100"]
     ended = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     assert "0 x 5xx, 0 not as they should be" in ended.stdout
     growth = re.findall(r"growth (-?[\d.]+) MB", ended.stdout)

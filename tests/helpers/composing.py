@@ -12,13 +12,10 @@ from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import DefaultsList, ResultDefault
+from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
-
-from espalier.config.conf_dir import CONF
-
-USUAL = {"pkg://hydra.conf", f"file://{CONF}", "structured://"}  # where lies what no test changes
 
 _files: dict[str, ConfigResult | None] = {}
 _choices: dict[tuple[Any, ...], DefaultsList] = {}
@@ -26,12 +23,16 @@ _sums: dict[tuple[Any, ...], DictConfig] = {}
 
 
 def share() -> None:
-    """Put shared results in place of three steps of Hydra: to read a file, to list the files of a choice, to merge."""
+    """Put shared results in place of three steps of Hydra: to read a file, to list the files of a choice, to merge.
+
+    It composes once only: no more to ask for `hydra.mode` before, where no word sets it.
+    """
     read = CachingConfigRepository.load_config
     embed = ConfigLoaderImpl._embed_result_config
     choose = config_loader_impl.create_defaults_list
     merge = ConfigLoaderImpl._compose_config_from_defaults_list
     interpolation_map = defaults_list._create_interpolation_map
+    mode = Hydra.get_mode
 
     def read_once(repo: CachingConfigRepository, config_path: str) -> ConfigResult | None:
         if not _is_usual(repo):
@@ -67,11 +68,16 @@ def share() -> None:
     def map_where_needed(overrides: Any, listed: list[Any], self_added: bool) -> DictConfig | None:
         return interpolation_map(overrides, listed, self_added) if any(d.is_interpolation() for d in listed) else None
 
+    def mode_where_set(hydra: Hydra, config_name: str, overrides: list[str]) -> Any:
+        is_set = any("hydra.mode=" in word for word in overrides)
+        return mode(hydra, config_name, overrides) if is_set else None
+
     CachingConfigRepository.load_config = read_once
     ConfigLoaderImpl._embed_result_config = staticmethod(embed_copy)
     config_loader_impl.create_defaults_list = choose_once
     ConfigLoaderImpl._compose_config_from_defaults_list = merge_once
     defaults_list._create_interpolation_map = map_where_needed
+    Hydra.get_mode = mode_where_set
 
 
 def _chooses(override: Override, repo: CachingConfigRepository) -> bool:
@@ -84,4 +90,11 @@ def _chooses(override: Override, repo: CachingConfigRepository) -> bool:
 
 
 def _is_usual(repo: CachingConfigRepository) -> bool:
-    return {source.full_path() for source in repo.get_sources()} <= USUAL
+    """Whether all comes from where no test changes anything."""
+    from espalier.config.conf_dir import CONF  # not before: copies of the fork server import the package themselves
+
+    return {source.full_path() for source in repo.get_sources()} <= {
+        "pkg://hydra.conf",
+        f"file://{CONF}",
+        "structured://",
+    }

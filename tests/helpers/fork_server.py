@@ -21,11 +21,12 @@ import threading
 import traceback
 from contextlib import suppress
 from importlib.machinery import SourceFileLoader
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from helpers import forked
+from helpers import composing, forked
 from helpers.forked import NUMBER
 
 STREAMS = 3
@@ -144,10 +145,22 @@ def import_all() -> None:
     for name in IMPORTED:
         with suppress(ImportError):  # of an extra
             importlib.import_module(name)
+    composing.share()
+    leave_figures_blank()
     threads = [thread.joinpath("comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
     assert len(threads) == 1, threads
     gc.collect()
     gc.freeze()  # a collection would copy all pages of a child
+
+
+def leave_figures_blank() -> None:
+    """Have copies save one blank picture for each figure: to draw takes them more than to train."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    blank = BytesIO()
+    FigureCanvasAgg(Figure()).print_figure(blank, format="png")
+    FigureCanvasAgg.print_figure = lambda canvas, file: Path(file).write_bytes(blank.getvalue())
 
 
 def become(request: dict[str, Any], streams: list[int], places: list[str]) -> NoReturn:

@@ -21,6 +21,7 @@ NUMBER = struct.Struct("i")  # a size, a process id, or how a process ended, as 
 ADDRESS = "TESTS_FORK_SERVER"  # where it listens; its log lies beside it
 # What a library reads when it is imported, or Python before: a copy would not see them.
 READ_AT_START = ("PYTHON", "OMP_NUM", "MKL_", "OPENBLAS_", "LD_", "HF_", "HOME", "XDG_", "MPL", "ORT_")
+READ_LATER = {"PYTHONPATH", "HF_TOKEN"}  # but for these
 RANK = "LOCAL_RANK"  # of the processes that a copy starts, its ranks are copies as well
 
 telemetry.switch_off()  # or the first command inside of a test process would, and no copy would do from then on
@@ -123,7 +124,7 @@ def can_fork(asked: Mapping[str, Any], environment: Mapping[str, str]) -> bool:
         return False
     differing = {name for name in {*_at_start, *environment} if _at_start.get(name) != environment.get(name)}
     places = environment.get("PYTHONPATH", "").split(os.pathsep)
-    return not any(name.startswith(READ_AT_START) for name in differing - {"PYTHONPATH"}) and not any(
+    return not any(name.startswith(READ_AT_START) for name in differing - READ_LATER) and not any(
         Path(place, "sitecustomize.py").exists() for place in places if place
     )
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import lightning as L
 
 from conftest import command
+from helpers import composing
 
 IN_ENVIRONMENT = {
     "HF_TOKEN": "hf_Canary7Qm2Rz9Lw4Tx8Kc",
@@ -90,6 +91,7 @@ def found(secrets: Iterable[str], left: Iterable[tuple[str, bytes]]) -> list[str
 
 def run(commands: Sequence[Sequence[str]]) -> None:
     """Run each command line in this process, print its exit code, and end each as the interpreter would."""
+    composing.share()
     for words in commands:
         try:
             code = command(words, Path.cwd()).code
