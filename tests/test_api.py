@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ import espalier as package
 from conftest import QUICK, command, launch_anew
 from espalier.api.loading import Loaded
 from espalier.runs.run_folder import RunFolder
+from helpers import texts
 
 WORDS = ("model=mlp", "trainer.max_epochs=1", *QUICK)
 
@@ -46,6 +48,62 @@ def digits(work: Path) -> Loaded:
 def raw() -> np.ndarray:
     pixels, _ = load_digits(return_X_y=True)
     return pixels.reshape(-1, 1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained network of texts and its bundle."""
+    folder = tmp_path_factory.mktemp("reviews")
+    texts.write(folder / "films.csv")
+    model = ("model.width=8", "model.channels=8", "optimizer.lr=0.03")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for words in (
+            ("train", "data=text", "data.path=films.csv", *model, *WORDS[1:], "hydra.run.dir=films"),
+            ("export", "source=films", "hydra.run.dir=."),
+        ):
+            assert command(words, folder).code == 0
+    return folder
+
+
+def test_texts_are_answered_alike_by_run_and_bundle_one_or_many(reviews: Path):
+    run, bundle = package.load(reviews / "films"), package.load(reviews / "export")
+    given = ["a fine story", "Dull; and awful, and grey.", ""]
+    found = run.predict(given)
+    assert found.probabilities.shape == (3, 2)
+    for same in (bundle.predict(given), bundle.predict(np.array(given)), run.predict(tuple(given))):
+        np.testing.assert_allclose(same.probabilities, found.probabilities, atol=1e-5)
+    alone = run.predict(given[0])
+    np.testing.assert_allclose(alone.probabilities, found.probabilities[:1], atol=1e-5)
+    assert alone.labels == found.labels[:1]
+
+
+def test_a_bundle_answers_texts_in_a_process_without_torch_and_without_the_package(reviews: Path):
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    [script] = [text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnxruntime" in text]
+    assert len([line for line in script.splitlines() if line.strip()]) <= 15
+    given = re.findall(r'"([^"]+)"', re.search(r"for text in \[(.*)\]\]", script)[1])
+    unwanted = "print([name for name in ('torch', 'espalier', 'lightning') if name in sys.modules])"
+    (reviews / "answer.py").write_text(f"import sys\n{script}{unwanted}\n")
+    done = launch_anew(reviews, "answer", PYTHONPATH=str(reviews))
+    assert done.stdout.splitlines() == [str(package.load(reviews / "films").predict(given).labels), "[]"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (3, "takes a text or a list of texts; a int is not that"),
+        (Path("films.csv"), "takes a text or a list of texts; a PosixPath is not that"),
+        ([], "there is no sample; give at least one"),
+        (["fine", None], "this network takes texts; sample 1 is a NoneType"),
+        (np.zeros((2, 3)), "this network takes texts; sample 0 is a list"),
+    ],
+)
+def test_what_is_no_text_costs_one_line(reviews: Path, given: object, told: str):
+    for path in ("films", "export"):
+        with pytest.raises(package.ConfigError, match=told) as refused:
+            package.load(reviews / path).predict(given)  # type: ignore[arg-type]
+        assert len(str(refused.value).splitlines()) == 1
 
 
 def test_answers_of_a_run_are_the_softmax_of_its_network(digits: Loaded, raw: np.ndarray):

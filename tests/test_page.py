@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from conftest import command
 from espalier.spec import DataSpec
-from helpers.server import Server, linear_bundle, serving
+from helpers.server import Server, bag_bundle, linear_bundle, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -131,3 +131,19 @@ def test_a_network_of_numbers_gets_a_form(page: Page, tmp_path: Path) -> None:
         fields.nth(1).fill("4")
         assert predict(page) == "30.000"  # 10 + 2 * (5 * (4 - 2))
         assert page.locator("#features li").first.inner_text().split("\n")[0] == "feature 2"
+
+
+def test_a_network_of_texts_gets_a_box_and_shows_what_each_word_says(page: Page, tmp_path: Path) -> None:
+    with serving(["-m", "espalier.serving", str(bag_bundle(tmp_path)), "--port", "0"], tmp_path) as server:
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.click("#predict")
+        assert page.locator("#problem").inner_text() == "Write a text first."
+        page.fill("#text", "Good good <bad> film, and")  # six words are read
+        assert predict(page) == "positive"
+        assert page.locator("#bars li").count() == 2
+        assert page.locator("#words").inner_text() == "good good < bad > film"
+        colours = page.locator("#words span").evaluate_all("all => all.map((each) => each.style.backgroundColor)")
+        assert colours[0].startswith("rgba(255, 140, 0, 0.")
+        assert colours[3].startswith("rgba(40, 150, 255, 0.")
+        assert colours[2] == "rgba(255, 140, 0, 0)"
+        assert page.locator("#caption").inner_text().endswith("What follows was cut off.")

@@ -23,7 +23,7 @@ from espalier.composition import networks
 from espalier.runs import checkpoint
 from espalier.runs.run_folder import EVALUATED
 from espalier.spec import DataSpec
-from helpers.server import Server, endless_bundle, linear_bundle, serving
+from helpers.server import Server, bag_bundle, endless_bundle, linear_bundle, serving
 
 QUICK = ("logger=[csv]", "callbacks=[checkpoint,monitor]")
 SPEC = DataSpec.single("pictures", (1, 2, 2), scale=16.0, mean=(0.0,), std=(1.0,), class_names=("dark", "bright"))
@@ -66,6 +66,14 @@ def linear(bundle: Path, log: Path) -> Iterator[Server]:
     """A server with a short time limit and a small body."""
     words = ["-m", "espalier.serving", str(bundle), "--port", "0", "--time-limit-s", "2", "--max-body-mb", "0.1"]
     with log.open("w") as file, serving([*words, "--queue", "64"], bundle, file.fileno()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of texts, in which every good and every bad word has two votes."""
+    folder = bag_bundle(tmp_path_factory.mktemp("texts"))
+    with serving(["-m", "espalier.serving", str(folder), "--port", "0", "--queue", "32"], folder) as running:
         yield running
 
 
@@ -123,6 +131,59 @@ def test_explain_shows_the_sample_and_where_its_label_comes_from(server: Server)
 def test_explain_takes_one_sample(linear: Server) -> None:
     status, content = linear.ask("POST", "/explain", json.dumps({"inputs": [DARK, BRIGHT]}))
     assert (status, content) == (422, {"error": "2 samples in the request; /explain takes one"})
+
+
+def test_texts_of_any_length_are_answered_in_one_request(reader: Server) -> None:
+    texts = ["Good film!", {"text": "bad, BAD film"}, "", "good " * 3000]  # six words are read
+    status, content = reader.ask("POST", "/predict", json.dumps({"inputs": texts}))
+    assert (status, [each["label"] for each in content["predictions"]]) == (
+        200,
+        ["positive", "negative", "negative", "positive"],
+    )
+    odds = np.exp([2, -4, 0, 12])
+    given = [each["probabilities"]["positive"] for each in content["predictions"]]
+    np.testing.assert_allclose(given, odds / (1 + odds), atol=1e-6)
+
+
+def test_explain_of_a_text_says_what_each_word_adds(reader: Server) -> None:
+    status, content = reader.ask("POST", "/explain", json.dumps({"inputs": ["Bad film; bad plot, good end"]}))
+    assert (status, content["prediction"]["label"]) == (200, "negative")
+    assert content["tokens"] == ["bad", "film", ";", "bad", "plot", ","]
+    whole, without = (np.exp(votes) / (1 + np.exp(votes)) for votes in (4, 2))
+    drop = whole - without
+    np.testing.assert_allclose(content["heat_map"], [drop, 0, 0, drop, 0, 0], atol=1e-6)
+    assert (content["num_not_covered"], content["is_cut_off"]) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("sample", "told"),
+    [(3, "a number"), (None, "null"), (["good"], "a list"), ({"image": "aGVsbG8="}, "an object of another form")],
+)
+@pytest.mark.parametrize("route", ["/predict", "/explain"])
+def test_what_is_no_text_gets_422_in_one_line(reader: Server, route: str, sample: object, told: str) -> None:
+    sentence = f'inputs[0]: {told}; each sample must be a text, or {{"text": "a text"}}'
+    for padding in ("", " " * 10_000):  # a body that is read at once, and one that is read aside
+        status, content = reader.ask("POST", route, padding + json.dumps({"inputs": [sample]}))
+        assert (status, content) == (422, {"error": sentence})
+
+
+def test_a_text_for_a_network_of_numbers_gets_422_in_one_line(linear: Server) -> None:
+    status, content = linear.ask("POST", "/predict", json.dumps({"inputs": ["bright"]}))
+    allowed = "each sample must be numbers of shape [1, 2, 2]"
+    assert (status, content) == (422, {"error": f"inputs[0]: something that is no number; {allowed}"})
+
+
+def test_the_largest_request_of_texts_is_answered_and_a_larger_one_refused(reader: Server) -> None:
+    assert reader.ask("POST", "/predict", json.dumps({"inputs": ["good " * 1000] * 32}))[0] == 200
+    assert reader.ask("POST", "/predict", json.dumps({"inputs": ["good"] * 33}))[0] == 413
+    status, content = reader.ask("POST", "/predict", b'{"inputs": [' + b"[]," * 1_000_000 + b"0]}")
+    assert (status, content) == (413, {"error": "the body has more parts than 32 texts; split it"})
+
+
+def test_info_says_what_a_text_is_and_keeps_the_vocabulary(reader: Server) -> None:
+    data = reader.ask("GET", "/info")[1]["data"]
+    words = {"name": "tokens", "kind": "tokens", "shape": ["T"], "cut": "words", "num_known_tokens": 3}
+    assert (data["inputs"], data["longest"]) == ([words], {"T": 6})
 
 
 def test_info_describes_the_bundle_and_names_no_folder(server: Server, linear: Server, bundle: Path) -> None:

@@ -18,13 +18,34 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from espalier.export import bundle
-from espalier.spec import DataSpec
+from espalier.spec import DataSpec, Input, Target
+
+WORDS = Input("tokens", "tokens", ("T",), vocabulary=("good", "bad", "film"))
+TEXTS = DataSpec("reviews", (WORDS,), (Target("logits", "classes", ("negative", "positive")),), (("T", 6),))
+VOTES = np.array([[0, 0], [0, 0], [0, 2], [2, 0], [0, 0]], dtype=np.float32)  # padding, unknown, good, bad, film
 
 
 def linear_bundle(folder: Path, spec: DataSpec, weight_NK: np.ndarray, sample_by_sample: bool = False) -> Path:
     """A bundle whose logits are the flattened, normalised input times a matrix."""
     nodes = [helper.make_node("Flatten", ["input"], ["x"]), helper.make_node("MatMul", ["x", "w"], ["logits"])]
     return bundle_of(folder, spec, nodes, {"w": weight_NK.astype(np.float32)}, sample_by_sample)
+
+
+def bag_bundle(
+    folder: Path,
+    spec: DataSpec = TEXTS,
+    votes_VK: np.ndarray = VOTES,
+    sample_by_sample: bool = False,
+    length: int | str = "T",
+) -> Path:
+    """A bundle whose logits are the sum of what each token of a text says."""
+    nodes = [
+        helper.make_node("Gather", ["votes", "tokens"], ["each"]),
+        helper.make_node("ReduceSum", ["each", "side"], ["logits"], keepdims=0),
+    ]
+    taken = helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", length])
+    values = {"votes": votes_VK.astype(np.float32), "side": np.array([1])}
+    return bundle_of(folder, spec, nodes, values, sample_by_sample, taken=taken)
 
 
 def endless_bundle(folder: Path, spec: DataSpec) -> Path:
@@ -66,12 +87,13 @@ def bundle_of(
     values: Mapping[str, Any],
     sample_by_sample: bool = False,
     names: tuple[str, str] = ("input", "logits"),
+    taken: onnx.ValueInfoProto | None = None,
 ) -> Path:
-    """A bundle of a graph from `input` to `logits`."""
+    """A bundle of a graph from `input`, or what else is `taken`, to `logits`."""
     graph = helper.make_graph(
         nodes,
         "graph",
-        [helper.make_tensor_value_info(names[0], TensorProto.FLOAT, ["batch", *spec.shape])],
+        [taken or helper.make_tensor_value_info(names[0], TensorProto.FLOAT, ["batch", *spec.shape])],
         [helper.make_tensor_value_info(names[1], TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
     )
@@ -80,6 +102,11 @@ def bundle_of(
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), draft / "model.onnx"
     )
+    return described(folder, draft, spec, sample_by_sample)
+
+
+def described(folder: Path, draft: Path, spec: DataSpec, sample_by_sample: bool = False) -> Path:
+    """A bundle of the file `model.onnx` in a draft."""
     content: dict[str, Any] = {
         "name": "linear",
         "data": spec.to_dict(),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CHUNK = 256  # samples of one call of the network
 
-Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # raw (B, *shape) to probabilities, or the value (B, 1)
+Network = Callable[[NDArray[Any]], NDArray[np.float32]]  # raw (B, *shape) to probabilities, or the value (B, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Loaded:
         return self.module
 
     def predict(self, given: Given) -> Answers:
-        """Return the answers for raw samples: an array, pictures, or paths of pictures or of a CSV file; one or many.
+        """Return the answers for raw samples: an array, pictures, paths of pictures or of a CSV file, or texts.
 
         Raises:
             ConfigError: the samples do not fit the network, or cannot be read.
@@ -91,7 +91,7 @@ def _of_checkpoint(path: Path) -> Loaded:
 
     from espalier.composition import networks
     from espalier.compression.base import without_teacher
-    from espalier.export.preprocess import normalise
+    from espalier.export.preprocess import prepared
     from espalier.runs import checkpoint
     from espalier.targets.kinds import kind_of
 
@@ -100,9 +100,9 @@ def _of_checkpoint(path: Path) -> Loaded:
     module, _ = without_teacher(networks.trained(stored), stored.history)
     module.eval()
 
-    def network(raw: NDArray[np.float32]) -> NDArray[np.float32]:
+    def network(raw: NDArray[Any]) -> NDArray[np.float32]:
         with torch.no_grad():
-            logits = module(torch.from_numpy(normalise(spec, raw)))
+            logits = module(*map(torch.from_numpy, prepared(spec, [raw])))
         return kind_of(spec).answer(logits.float().numpy())
 
     return Loaded(stored.path, spec, stored.config, _measured(stored.path), network, module)

@@ -1,4 +1,4 @@
-"""Turn what a user hands to `predict` into raw samples: arrays, pictures, paths. Needs numpy and Pillow alone.
+"""Turn what a user hands to `predict` into raw samples: arrays, pictures, paths, texts. Needs numpy and Pillow alone.
 
 Letters: N samples.
 """
@@ -13,24 +13,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from espalier.data import pictures
+from espalier.data import pictures, tokens
 from espalier.errors import CONTROL, ConfigError
 from espalier.export import preprocess
 from espalier.spec import DataSpec
 
 Item = Image.Image | str | os.PathLike[str]
 Given = ArrayLike | Item | Sequence[Item]
-Raw = NDArray[np.float32]
+Raw = NDArray[Any]  # float32, or int64 of token ids
 ITEMS = (Image.Image, str, os.PathLike)
 NUMBERS = "iuf"  # kinds of numpy: no truth values, no texts, no objects
 
 
 def raw_samples(spec: DataSpec, given: Given) -> Raw:
-    """Return raw samples (N, *shape) of an array, of pictures, or of paths; a single one gives N = 1.
+    """Return raw samples (N, *shape) of an array, of pictures, of paths or of texts; a single one gives N = 1.
 
     Raises:
         ConfigError: there is no sample, or one is of another type or shape, or not finite.
     """
+    if len(spec.inputs) > 1:
+        names = ", ".join(each.name for each in spec.inputs)
+        raise ConfigError(f"predict: a sample of this network is several inputs, {names}; only one can be given here")
+    if spec.input.is_tokens:
+        return _of_texts(spec, given)
     if isinstance(given, ITEMS):
         return _of_item(spec, given)
     if isinstance(given, Sequence) and any(isinstance(each, ITEMS) for each in given):
@@ -39,6 +44,22 @@ def raw_samples(spec: DataSpec, given: Given) -> Raw:
             raise ConfigError(f"predict: a list of pictures or paths that holds a {type(odd).__name__} as well")
         return np.concatenate([_of_item(spec, each) for each in given])  # type: ignore[arg-type]
     return _of_array(spec, given)
+
+
+def _of_texts(spec: DataSpec, given: Any) -> NDArray[np.int64]:
+    """Return the token ids (N, T) of a text, or of a list, an array or a column of texts."""
+    if hasattr(given, "tolist"):  # of numpy and pandas
+        given = given.tolist()
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple):
+        raise ConfigError(f"predict: takes a text or a list of texts; a {type(given).__name__} is not that")
+    if not texts:
+        raise ConfigError("predict: there is no sample; give at least one")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ConfigError(f"predict: this network takes texts; sample {place} is a {type(text).__name__}")
+    encode = tokens.Encoder(spec.input, spec.longest[0][1])
+    return tokens.padded([encode(text) for text in texts])
 
 
 def _of_item(spec: DataSpec, item: Item) -> Raw:

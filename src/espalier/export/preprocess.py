@@ -15,12 +15,23 @@ from espalier.spec import DataSpec, Input
 if TYPE_CHECKING:
     from PIL import Image
 
-# As bundles state it, for those who prepare their samples themselves.
+# As bundles state them, for those who prepare their samples themselves.
 FORMULA = "(raw / scale - mean) / std, float32; mean and std per channel, or per feature"
 PICTURE = (
     "turned as its EXIF says, put on the colour background where it is transparent, made grey or RGB, "
     "the middle cut out and scaled bilinearly to the size in shape; raw = pixel / 255 * scale"
 )
+
+WORDS = r"Unicode form NFC, lower case, pieces that match \w+|[^\w\s]"
+TEXT = {"words": WORDS, "characters": "Unicode form NFC, one by one", "bytes": "UTF-8, each as two hexadecimal digits"}
+IDS = "the id of a piece is 2 + its place in vocabulary, 1 where it is not there; 0 pads; int64"
+
+
+def stated(spec: DataSpec) -> dict[str, str]:
+    """Return how raw values become network input, in words."""
+    texts = [f"{TEXT[each.cut]}; {IDS}" for each in spec.inputs if each.is_tokens]
+    found = {"text": "; ".join(dict.fromkeys(texts))} if texts else {}
+    return found if len(texts) == len(spec.inputs) else {"formula": FORMULA, "picture": PICTURE, **found}
 
 
 def normalise(spec: DataSpec | Input, raw: NDArray) -> NDArray[np.float32]:

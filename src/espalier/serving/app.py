@@ -23,6 +23,7 @@ import orjson
 from numpy.typing import NDArray
 from PIL import Image
 
+from espalier.data import tokens
 from espalier.serving import occlusion
 from espalier.serving.batcher import RETRY_AFTER_S, Batcher
 from espalier.serving.body import Message, Receive
@@ -30,13 +31,13 @@ from espalier.serving.errors import ClientGoneError, RequestError
 from espalier.serving.hosts import Hosts
 from espalier.serving.metrics import CONTENT_TYPE, Metrics
 from espalier.serving.predictor import Predictor
-from espalier.serving.request_parsing import JSON, Intake
+from espalier.serving.request_parsing import JSON, Intake, require_one
 from espalier.serving.settings import Settings
 from espalier.serving.timeouts import patiently
 
 Scope = Message
 Send = Callable[[Message], Awaitable[None]]
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -67,6 +68,9 @@ class Reply(NamedTuple):
     status: int
     kind: str  # content type
     body: bytes
+
+
+Covered = tuple[NDArray[np.bool_], Array, dict[str, Any]]  # masks, the sample and its covered copies, what is shown
 
 
 class Row(NamedTuple):
@@ -168,15 +172,17 @@ class App:
 
     async def explain(self, scope: Scope, receive: Receive) -> Reply:
         """Answer with the prediction of one sample, and how far its output falls when a part of it is covered."""
-        raw = await self.intake.samples(scope, receive)
-        if len(raw) != 1:
-            raise RequestError(422, f"{len(raw)} samples in the request; /explain takes one")
-        masks, samples, picture = await self.intake.aside(self._covered, raw)
+        if self.intake.texts:
+            masks, samples, shown = await self.intake.aside(self._covered_text, await self.intake.text(scope, receive))
+        else:
+            raw = await self.intake.samples(scope, receive)
+            require_one(len(raw))
+            masks, samples, shown = await self.intake.aside(self._covered, raw)
         row, *others = await patiently(self._outcome(samples), receive, self.settings.time_limit_s)
         prediction = self._described(row)
         drops = np.array([row.values[row.best] - other.values[row.best] for other in others], dtype=np.float32)
         heat = np.round(occlusion.heat(drops, masks).astype(np.float64), DIGITS).tolist()
-        return Reply(200, JSON, orjson.dumps({"prediction": prediction, "heat_map": heat, "image": picture}))
+        return Reply(200, JSON, orjson.dumps({"prediction": prediction, "heat_map": heat, **shown}))
 
     async def health(self, scope: Scope, receive: Receive) -> Reply:
         """Answer 200 while the server takes requests, 503 once it stops."""
@@ -212,6 +218,7 @@ class App:
             self.metrics.batch,
             self.predictor.interrupt,
             limit_s + INTERRUPT_S,
+            tokens.joined if self.intake.texts else np.concatenate,
         )
         folder = Path(__file__).parent / "page"
         self._page = {path: (folder / name).read_bytes() for path, (name, _) in PAGE.items()}
@@ -228,10 +235,28 @@ class App:
             return self.batcher.submit(raw)
         return self.batcher.rows(raw)
 
-    def _covered(self, raw: Array) -> tuple[NDArray[np.bool_], Array, str | None]:
-        """Return what /explain needs for a sample (1, ...): masks, the sample with its covered copies, its picture."""
+    def _covered(self, raw: Array) -> Covered:
+        """Return what /explain needs for a sample (1, ...)."""
         copies, masks = occlusion.covered(self.predictor.spec, raw[0])
-        return masks, np.concatenate([raw, copies]), self._picture(raw[0])
+        return masks, np.concatenate([raw, copies]), {"image": self._picture(raw[0])}
+
+    def _covered_text(self, text: str) -> Covered:
+        """Return what /explain needs for a text."""
+        assert self.intake.texts is not None
+        ids = self.intake.texts.ids([text])
+        copies, masks = occlusion.covered(self.predictor.spec, ids[0])
+        words = self.intake.texts.pieces(text)
+        num_read = min(len(words), self.intake.texts.longest)
+        masks = masks[:num_read, :num_read]  # none of an empty text
+        return (
+            masks,
+            np.concatenate([ids, copies[:num_read]]),
+            {
+                "tokens": words[: len(masks)],
+                "num_not_covered": num_read - len(masks),
+                "is_cut_off": len(words) > num_read,
+            },
+        )
 
     def _rows(self, raw: Array) -> list[Row]:
         """Return the rows of a batch, with everything done that can be done for a whole batch.

@@ -12,9 +12,9 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from espalier.serving.errors import RequestError
 
 Row = TypeVar("Row")
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 RETRY_AFTER_S = 1
 LONG = 2  # times the queue: samples that requests of several batches may hold at once
 STOP_S = 0.5  # for a batch to end by itself when the server stops, and again once it is interrupted
@@ -56,14 +56,19 @@ class Batcher(Generic[Row]):
         observe: Callable[[int], None],
         interrupt: Callable[[], None] = lambda: None,
         interrupt_after_s: float = math.inf,
+        join: Callable[[Sequence[Array]], Array] = np.concatenate,
     ) -> None:
-        """Take `observe`, which is told the size of every batch, and `interrupt`, which makes a slow `run` raise."""
+        """Take `observe`, which is told the size of every batch, and `interrupt`, which makes a slow `run` raise.
+
+        `join` makes one array of those of several requests.
+        """
         self.max_batch = max_batch
         self.queue = queue
         self.num_waiting = 0  # samples in the queue
         self._run = run
         self._observe = observe
         self._interrupt = interrupt
+        self._join = join
         self._interrupt_after_s = interrupt_after_s
         self._timer: asyncio.TimerHandle | None = None  # of the present batch
         self._num_long = 0  # samples of requests that take several batches
@@ -152,7 +157,7 @@ class Batcher(Generic[Row]):
         while (batch := self._jobs.get()) is not None:
             outcome: list[Row] | Exception
             try:
-                outcome = self._run(np.concatenate([raw for raw, _ in batch]))
+                outcome = self._run(self._join([raw for raw, _ in batch]))
             except Exception as error:
                 outcome = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended meanwhile

@@ -43,7 +43,7 @@ NUMBERS = {int, float}  # not bool, which is a kind of int to Python
 DEEP = 9  # lists in each other, more than any shape has
 RAGGED = "rows of different lengths, or nested too deep"
 
-Raw = NDArray[np.float32]
+Raw = NDArray[Any]  # float32, or int64 of token ids
 
 
 def from_json(body: bytes) -> list[Any]:
@@ -153,6 +153,8 @@ def pictures(spec: DataSpec, files: Sequence[bytes]) -> Raw:
     Raises:
         RequestError: one cannot be read, all together are too large, or the network does not take pictures.
     """
+    if spec.input.is_tokens:
+        raise RequestError(422, 'this network takes texts, not pictures: {"inputs": ["a text", ...]}')
     if not spec.is_image or spec.shape[0] not in (1, 3):
         raise RequestError(422, f"this network takes numbers of shape {list(spec.shape)}, not pictures")
     total = 0

@@ -1,22 +1,31 @@
 """Show which parts of an input a prediction rests on: cover one after the other and see how far the output falls.
 
 Zeiler and Fergus 2014, section 4.2, arxiv.org/abs/1311.2901. It needs no gradient, so it runs in any runtime.
-Letters: N covered copies, C channels, H height, W width, F features.
+Letters: N covered copies, C channels, H height, W width, F features, T tokens.
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.spec import DataSpec
+from espalier.spec import UNKNOWN, DataSpec
 
 STEPS = 8  # windows along a side of an image, each a quarter of the side: they overlap, so the map is smooth
+MAX_TOKENS = 256  # that are covered, the first ones
 
 
-def covered(spec: DataSpec, raw: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def covered(spec: DataSpec, raw: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Return copies (N, *shape) of a raw sample, each with a part set to the training mean, and the parts (N, H, W).
 
-    Of a tabular sample (F,) copy n lacks feature n, and the parts are (N, F).
+    Of a tabular sample (F,) copy n lacks feature n, and the parts are (N, F). Of a text (T,) token n is the unknown one
+    in copy n, of the first `MAX_TOKENS`, and the parts are (N, N).
     """
+    if spec.input.is_tokens:
+        masks = np.eye(min(len(raw), MAX_TOKENS), dtype=np.bool_)
+        copies = np.repeat(raw[None], len(masks), axis=0)
+        np.fill_diagonal(copies, UNKNOWN)
+        return copies, masks
     masks = _windows(*spec.shape[1:]) if spec.is_image else np.eye(spec.shape[0], dtype=np.bool_)
     fill = np.array(spec.mean, dtype=np.float32) * np.float32(spec.scale)
     if spec.is_image:

@@ -1,10 +1,11 @@
 """Predict with a bundle: raw values in, probabilities out, by ONNX Runtime alone.
 
-Letters: B batch, K classes (1 for a regression).
+Letters: B batch, T tokens, K classes (1 for a regression).
 """
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ from numpy.typing import NDArray
 from espalier.errors import ConfigError
 from espalier.export import bundle, session
 from espalier.export.preprocess import normalise
-from espalier.spec import DataSpec
+from espalier.spec import FIRST, OUTPUT, PAD, UNKNOWN, Axis, DataSpec
 from espalier.targets.kinds import kind_of
 
-INPUT, OUTPUT = "input", "logits"  # tensors of every exported file
 FORMAT = "onnx"
-FLOAT = "tensor(float)"  # as the runtime calls float32
+FLOAT, INT64 = "tensor(float)", "tensor(int64)"  # as the runtime calls them
 SILENT = 4  # those that end the process; others are raised, and told in our words
 FIRST_S = 10.0  # at least, for the first sample
 MAX_SIDES = 8  # of a sample
 MAX_NUMBERS = 100_000_000  # of a sample: 400 MB
+MAX_LONGEST = 65_536  # tokens of a text
+MAX_VOCABULARY = 1_000_000
+BESIDE = 0.01  # largest change of an answer by longer texts beside it: 8 bits round to another step now and then
 MAX_REASON = 200  # letters of somebody else's error in ours
 PUBLIC = ("name", "run", "data", "preprocessing", "precision", "sample_by_sample", "formats", "files", "versions")
 
@@ -51,6 +54,7 @@ class Predictor:
             self.spec = self.bundle.spec
             self.kind = kind_of(self.spec)
             self.public = {key: self.bundle.content.get(key) for key in PUBLIC}
+            self.public["data"] = _public(self.spec, self.bundle.content["data"])
             orjson.dumps(self.public)  # as every answer is written: no half characters, no endless numbers
             problem = _problem(self.spec)
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
@@ -72,49 +76,56 @@ class Predictor:
         """Make the present call raise, if a thread is in one."""
         self._running.terminate = True
 
-    def predict(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return probabilities (B, K) of raw samples (B, *shape).
+    def predict(self, raw: NDArray[Any]) -> NDArray[np.float32]:
+        """Return probabilities (B, K) of raw samples (B, *shape), or of token ids (B, T) padded to one length.
 
         A regression gives values (B, 1) in the target's unit.
         """
         self._running.terminate = False
-        x = normalise(self.spec, raw)
+        is_tokens = self.spec.input.is_tokens
+        x = raw if is_tokens else normalise(self.spec, raw)
         if self.bundle.sample_by_sample:
-            logits_BK = np.concatenate([self._run(sample) for sample in np.split(x, len(x))])
+            samples = np.split(x, len(x))
+            if is_tokens:
+                samples = [ids[:, : np.count_nonzero(ids != PAD)] for ids in samples]
+            logits_BK = np.concatenate([self._run(sample) for sample in samples])
         else:
             logits_BK = self._run(x)
         return self.kind.answer(logits_BK)
 
-    def _run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._session.run([OUTPUT], {INPUT: x}, self._running)[0]
+    def _run(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        return self._session.run([OUTPUT], {self.spec.input.name: x}, self._running)[0]
 
     def _misfit(self) -> str | None:
         """Return what is wrong with the names, types and sizes of input and output, or None."""
-        for given, name, shape in (
-            (self._session.get_inputs(), INPUT, self.spec.shape),
-            (self._session.get_outputs(), OUTPUT, (self.spec.num_outputs,)),
+        taken = self.spec.input
+        for given, name, kind, shape in (
+            (self._session.get_inputs(), taken.name, INT64 if taken.is_tokens else FLOAT, taken.shape),
+            (self._session.get_outputs(), OUTPUT, FLOAT, (self.spec.num_outputs,)),
         ):
             named = {each.name: each for each in given}
-            if name not in named or (name == INPUT and len(named) > 1):
+            if name not in named or (name == taken.name and len(named) > 1):
                 return f"it has {', '.join(map(repr, named)) or 'nothing'} in place of {name!r}"
             sizes = named[name].shape[1:]
             is_other = any(isinstance(size, int) and size != own for size, own in zip(sizes, shape, strict=False))
-            if named[name].type != FLOAT or is_other or len(sizes) not in (0, len(shape)):  # 0: not known
+            if named[name].type != kind or is_other or len(sizes) not in (0, len(shape)):  # 0: not known
                 return f"{name!r} is {named[name].type} of {named[name].shape}, the data has (batch, {_sizes(shape)})"
         return None
 
     def _try(self, limit_s: float) -> str | None:
-        """Return what is wrong with the output for the mean of the training data, or None."""
-        mean = np.array(self.spec.mean, dtype=np.float32).reshape(-1, *[1] * (len(self.spec.shape) - 1))
-        raw = np.broadcast_to(mean * np.float32(self.spec.scale), (1, *self.spec.shape))
-        outcome: list[Any] = []
+        """Return what is wrong with the output for the mean of the training data, or for texts, or None."""
+        is_tokens = self.spec.input.is_tokens
+        examples = _texts(self.spec) if is_tokens else _means(self.spec)
+        if self.bundle.sample_by_sample and not is_tokens:
+            examples = examples[:1]
+        outcomes: list[Any] = []
 
         def answer() -> None:
             try:
-                for num in (1,) if self.bundle.sample_by_sample else (1, 2):
-                    outcome[:] = [num, self.predict(np.repeat(raw, num, axis=0))]
+                for raw in examples:
+                    outcomes.append(self.predict(raw))
             except Exception as error:
-                outcome[:] = [num, error]
+                outcomes.append(error)
 
         thread = threading.Thread(target=answer, name="first sample", daemon=True)
         thread.start()
@@ -123,22 +134,48 @@ class Predictor:
             self.interrupt()
             thread.join(1)
             return f"it has not answered a sample within {limit_s:g} s"
-        num, given = outcome
-        if isinstance(given, Exception):
-            return f"it does not answer a batch of {num}: {_first_line(given)}"
-        if given.shape != (num, self.spec.num_outputs):
-            wanted = f"{num}, {self.spec.num_outputs}"
-            return f"it answers a batch of {num} with ({_sizes(given.shape)}) numbers, not ({wanted})"
-        return None if np.isfinite(given).all() else "its answer to the mean of the training data is not finite"
+        for raw, given in zip(examples, outcomes, strict=False):  # the last may be the error
+            num = len(raw)
+            if isinstance(given, Exception):
+                return f"it does not answer a batch of {num}: {_first_line(given)}"
+            if given.shape != (num, self.spec.num_outputs):
+                wanted = f"{num}, {self.spec.num_outputs}"
+                return f"it answers a batch of {num} with ({_sizes(given.shape)}) numbers, not ({wanted})"
+            if not np.isfinite(given).all():
+                return f"its answer to {'a text' if is_tokens else 'the mean of the training data'} is not finite"
+        if is_tokens and np.abs(outcomes[0][0] - outcomes[1][0]).max() > BESIDE * max(1.0, self.spec.target_std):
+            return "its answer to a text is another one beside a longer text; it must not look at padding"
+        return None
+
+
+def _means(spec: DataSpec) -> list[NDArray[Any]]:
+    """Return a batch of one and one of two, of the mean of the training data."""
+    mean = np.array(spec.mean, dtype=np.float32).reshape(-1, *[1] * (len(spec.shape) - 1))
+    raw = np.broadcast_to(mean * np.float32(spec.scale), (1, *spec.shape))
+    return [raw, np.repeat(raw, 2, axis=0)]
+
+
+def _texts(spec: DataSpec) -> list[NDArray[Any]]:
+    """Return the last token of the vocabulary alone, and beside the longest text."""
+    last = FIRST - 1 + len(spec.input.vocabulary)
+    beside = np.full((2, spec.longest[0][1]), UNKNOWN, dtype=np.int64)
+    beside[0] = PAD
+    beside[0, 0] = last
+    return [beside[:1, :1], beside]
+
+
+def _public(spec: DataSpec, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return what everybody may know of the data: of a vocabulary its size."""
+    if not spec.input.is_tokens:
+        return stored
+    told = {key: getattr(spec.input, key) for key in ("name", "kind", "shape", "cut")}
+    return spec.to_dict() | {"inputs": [{**told, "num_known_tokens": len(spec.input.vocabulary)}]}
 
 
 def _problem(spec: DataSpec) -> str | None:
     """Return what is impossible in a spec, so that no request could be answered, or None."""
-    if not 1 <= len(spec.shape) <= MAX_SIDES or min(spec.shape) < 1 or math.prod(spec.shape) > MAX_NUMBERS:
-        return f"spec.shape: ({_sizes(spec.shape)}) is no shape of a sample"
-    for name, values in (("mean", spec.mean), ("std", spec.std)):
-        if len(values) not in (1, spec.shape[0]):
-            return f"spec.{name}: {len(values)} values for {spec.shape[0]} channels or features"
+    if problem := (_problem_of_tokens if spec.input.is_tokens else _problem_of_numbers)(spec):
+        return problem
     with np.errstate(over="ignore"):
         above = np.array([*spec.std, spec.scale, spec.target_std], dtype=np.float64).astype(np.float32)
         others = np.array([*spec.mean, spec.target_mean], dtype=np.float64).astype(np.float32)
@@ -146,13 +183,41 @@ def _problem(spec: DataSpec) -> str | None:
         return "spec: std, scale and target_std must be above 0"
     if not np.isfinite([*above, *others]).all():
         return "spec: a number is beyond 32 bits"
-    if len(set(spec.class_names)) != len(spec.class_names):
-        twice = next(name for name in spec.class_names if spec.class_names.count(name) > 1)
-        return f"spec.class_names: two classes have the name {twice!r}"
+    return _twice("spec.class_names: two classes have the name", spec.class_names)
+
+
+def _problem_of_numbers(spec: DataSpec) -> str | None:
+    is_number = all(isinstance(size, int) for size in spec.shape)  # no letter: only texts may have any length
+    is_shape = is_number and 1 <= len(spec.shape) <= MAX_SIDES and min(spec.shape) >= 1
+    if not is_shape or math.prod(spec.shape) > MAX_NUMBERS:
+        return f"spec.shape: ({_sizes(spec.shape)}) is no shape of a sample"
+    for name, values in (("mean", spec.mean), ("std", spec.std)):
+        if len(values) not in (1, spec.shape[0]):
+            return f"spec.{name}: {len(values)} values for {spec.shape[0]} channels or features"
     return None
 
 
-def _sizes(shape: Sequence[int]) -> str:
+def _problem_of_tokens(spec: DataSpec) -> str | None:
+    taken = spec.input
+    if [str(axis) for axis in taken.shape] != [letter for letter, _ in spec.longest]:
+        return f"spec.inputs.0.shape: ({_sizes(taken.shape)}) is not one axis whose letter has a longest length"
+    [(_, longest)] = spec.longest
+    if longest > MAX_LONGEST:
+        return f"spec.longest: {longest} tokens, at most {MAX_LONGEST} are served"
+    if len(taken.vocabulary) > MAX_VOCABULARY:
+        return f"spec.inputs.0.vocabulary: {len(taken.vocabulary)} tokens, at most {MAX_VOCABULARY} are served"
+    return _twice("spec.inputs.0.vocabulary: it holds twice", taken.vocabulary)
+
+
+def _twice(told: str, names: Sequence[str]) -> str | None:
+    """Return a problem that ends with the first name that is there twice, or None."""
+    if len(set(names)) == len(names):
+        return None
+    twice = next(name for name, count in Counter(names).items() if count > 1)
+    return f"{told} {twice!r}"[:MAX_REASON]
+
+
+def _sizes(shape: Sequence[Axis]) -> str:
     return ", ".join(map(str, shape))
 
 

@@ -103,7 +103,7 @@ def describe(run: Run, network: Deployable, precision: str, rows: Sequence[dict[
         "name": deployed.name_of(network.history),
         "run": RunFolder.of(run.source.path).path.name,
         "data": run.data.spec.to_dict(),
-        "preprocessing": {"formula": preprocess.FORMULA, "picture": preprocess.PICTURE},
+        "preprocessing": preprocess.stated(run.data.spec),
         "input": run.data.spec.inputs[0].name,
         "output": OUTPUT,
         "precision": precision,

@@ -1,5 +1,5 @@
 "use strict";
-/* The page of the server: draw, drop or type an input, send it to /explain, show probabilities and heat map. */
+/* The page of the server: draw, drop, type or write an input, send it to /explain, show probabilities and heat map. */
 
 const LINE = 0.2; // width of a drawn line, as a share of the height of the drawing: that of the digits' pens
 const OVERSAMPLING = 8; // a drawn picture is averaged from this many times its pixels per side
@@ -14,15 +14,21 @@ let spec; // what the network takes, from /info
 let strokes = []; // of a drawing: lists of points in pixels of the pad
 let file = null; // a picture that was chosen instead of drawn
 
+const isText = () => spec.inputs?.[0].kind === "tokens";
 const canDraw = () => spec.shape.length === 3 && spec.shape[0] === 1;
 
 async function start() {
   const info = await (await fetch("/info")).json();
   spec = info.data;
   $("title").textContent = `Try ${spec.name}`;
-  const classes = spec.class_names.length ? `${spec.class_names.length} classes` : "a number";
-  $("about").textContent = `Input ${spec.shape.join(" × ")}, output ${classes}. Network: ${info.name}.`;
-  if (spec.shape.length === 1) {
+  const names = isText() ? spec.targets[0].names : spec.class_names;
+  const classes = names.length ? `${names.length} classes` : "a number";
+  const shape = isText() ? "a text" : spec.shape.join(" × ");
+  $("about").textContent = `Input ${shape}, output ${classes}. Network: ${info.name}.`;
+  if (isText()) {
+    $("written").hidden = false;
+    $("limit").textContent = `The network reads the first ${Object.values(spec.longest)[0]} ${spec.inputs[0].cut}.`;
+  } else if (spec.shape.length === 1) {
     $("numbers").hidden = false;
     spec.mean.forEach(addNumber);
   } else if ([1, 3].includes(spec.shape[0])) {
@@ -139,6 +145,10 @@ pad.addEventListener("drop", (event) => {
 });
 
 async function request() {
+  if (isText()) {
+    if (!$("text").value.trim()) throw new Error("Write a text first.");
+    return { type: "application/json", body: JSON.stringify({ inputs: [$("text").value] }) };
+  }
   if (!$("numbers").hidden) {
     const values = [...$("numbers").querySelectorAll("input")].map((field) => field.valueAsNumber);
     return { type: "application/json", body: JSON.stringify({ inputs: [values] }) };
@@ -170,7 +180,7 @@ function show(problem) {
   $("problem").hidden = !problem;
 }
 
-async function present({ prediction, heat_map: heat, image }) {
+async function present({ prediction, heat_map: heat, image, ...text }) {
   const strong = document.createElement("strong");
   const isNumber = prediction.label === undefined;
   strong.textContent = isNumber ? prediction.value.toPrecision(5) : prediction.label;
@@ -186,7 +196,13 @@ async function present({ prediction, heat_map: heat, image }) {
   $("why").hidden = false;
   $("heat").hidden = !image;
   $("features").replaceChildren();
-  if (image) {
+  if (isText()) {
+    colour(text.tokens, heat, most);
+    const rest = text.num_not_covered ? ` Only the first ${heat.length} were covered.` : "";
+    const cut = text.is_cut_off ? " What follows was cut off." : "";
+    $("caption").textContent =
+      `Orange: without it ${of} falls, by up to ${amount}. Blue: without it ${of} rises.${rest}${cut}`;
+  } else if (image) {
     await paint(heat, most, image);
     $("caption").textContent =
       `What the network saw. Orange: covering it lowers ${of}, by up to ${amount}. Blue: covering it raises it.`;
@@ -214,6 +230,20 @@ function bar(name, share, text, isAgainst) {
   track.append(fill);
   item.append(label, track, number);
   return item;
+}
+
+/* Tokens in the colours of what they speak for; words and bytes apart, characters together. */
+function colour(tokens, heat, most) {
+  const spans = tokens.map((token, at) => {
+    const span = document.createElement("span");
+    const share = most ? (0.6 * Math.abs(heat[at])) / most : 0;
+    span.textContent = token;
+    span.title = heat[at].toPrecision(2);
+    span.style.backgroundColor = `rgba(${(heat[at] >= 0 ? FOR : AGAINST).join(", ")}, ${share})`;
+    return span;
+  });
+  const between = spec.inputs[0].cut === "characters" ? "" : " ";
+  $("words").replaceChildren(...spans.flatMap((span) => [span, between]));
 }
 
 /* The input in grey with the heat map over it; the canvas has one pixel per pixel of the input. */
