@@ -140,7 +140,7 @@ def test_a_checkpoint_chooses_no_place_that_is_written_to(value: str):
 def test_each_option_can_come_out_of_a_checkpoint(group: str, options: list[str]):
     for option in options:
         chosen = f"[{option}]" if group in ("callbacks", "logger", "compression") and option != "none" else option
-        words = [f"{group}={chosen}", *(["data.path=x"] if option == "hub_images" else [])]
+        words = [f"{group}={chosen}", *(["data.path=x"] if option in ("hub_images", "text") else [])]
         check_stored(compose.compose(words))
 
 
