@@ -104,7 +104,10 @@ def spare(patch: pytest.MonkeyPatch) -> None:
     once(figures, "confusion_matrix", lambda _counts, class_names, _: tuple(class_names))
     print_figure = FigureCanvasAgg.print_figure
 
-    def print_once(canvas: FigureCanvasAgg, file: str) -> None:
+    def print_once(canvas: FigureCanvasAgg, file: Any, **more: Any) -> None:
+        if more or not isinstance(file, str):  # no figure of ours
+            print_figure(canvas, file, **more)
+            return
         key = (Path(file).name, len(canvas.figure.axes))
         draw(key, Path(file), lambda: print_figure(canvas, file))
 
