@@ -158,9 +158,16 @@ def leave_figures_blank() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    blank = BytesIO()
-    FigureCanvasAgg(Figure()).print_figure(blank, format="png")
-    FigureCanvasAgg.print_figure = lambda canvas, file: Path(file).write_bytes(blank.getvalue())
+    blank, print_figure = BytesIO(), FigureCanvasAgg.print_figure
+    print_figure(FigureCanvasAgg(Figure()), blank, format="png")
+
+    def print_blank(canvas: FigureCanvasAgg, file: Any, **more: Any) -> None:
+        if more or not isinstance(file, str):  # no figure of ours
+            print_figure(canvas, file, **more)
+        else:
+            Path(file).write_bytes(blank.getvalue())
+
+    FigureCanvasAgg.print_figure = print_blank
 
 
 def become(request: dict[str, Any], streams: list[int], places: list[str]) -> NoReturn:
