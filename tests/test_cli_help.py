@@ -102,7 +102,10 @@ def test_what_does_not_compose_is_answered_without_torch(tmp_path: Path, words: 
         ("espalier tr", {"train"}),
         ("espalier ", {*conf_dir.groups()["task"], "runs"}),
         ("espalier train mod", {"model=", "model."}),
-        ("espalier train model=", {f"model={name}" for name in ("cnn", "mlp", "resnet", "vit", "densenet", "text_cnn", "transformer")}),
+        (
+            "espalier train model=",
+            {f"model={name}" for name in ("cnn", "mlp", "resnet", "vit", "densenet", "text_cnn", "transformer")},
+        ),
         ("espalier train model=mlp optimizer=ad", {"optimizer=adam", "optimizer=adamw", "optimizer=adafactor"}),
         ("espalier train trainer.max_", {"trainer.max_epochs=", "trainer.max_steps="}),
         ("espalier train model=vit model.wi", {"model.width="}),
