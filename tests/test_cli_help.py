@@ -96,9 +96,6 @@ def test_what_does_not_compose_is_answered_without_torch(tmp_path: Path, words: 
     assert "did you mean" in done.stderr
 
 
-MODELS = ("cnn", "mlp", "resnet", "vit", "densenet", "text_cnn", "transformer")
-
-
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
