@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -79,8 +80,9 @@ _drawn: dict[tuple[Any, ...], bytes] = {}
 def spare(patch: pytest.MonkeyPatch) -> None:
     """Take from a command inside the test process what costs half of its time and differs in no test.
 
-    Curves of the same metrics, the confusion matrix of the same classes, and figures of the same name with as many
-    parts, are drawn once in each test process, and copied; so is the ONNX file of a network that was exported before.
+    Curves of the same metrics, the confusion matrix of the same classes, and figures with as many parts whose names
+    differ at most in a number, are drawn once in each test process, and copied; so is the ONNX file of a network that
+    was exported before.
     Latencies are measured in a tenth of the time, but for `benchmark`.
     """
 
@@ -108,7 +110,7 @@ def spare(patch: pytest.MonkeyPatch) -> None:
         if more or not isinstance(file, str):  # no figure of ours
             print_figure(canvas, file, **more)
             return
-        key = (Path(file).name, len(canvas.figure.axes))
+        key = (re.sub(r"\d", "", Path(file).name), len(canvas.figure.axes))
         draw(key, Path(file), lambda: print_figure(canvas, file))
 
     patch.setattr(FigureCanvasAgg, "print_figure", print_once)

@@ -10,7 +10,6 @@ import math
 import pkgutil
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, get_type_hints
 
@@ -189,15 +188,10 @@ def _contains_target(value: Any) -> bool:
     return isinstance(value, list) and any(map(_contains_target, value))
 
 
-@cache
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-
-
 def _mismatch(value: Any, annotation: Any) -> str | None:
     """Return why `value` is not of this type or outside its range, or None; a YAML list may stand for any sequence."""
     try:
-        adapter = _adapter(annotation)
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticSchemaGenerationError, PydanticUserError):
         return None
     try:
