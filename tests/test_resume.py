@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Command, command, run_in
+from conftest import QUICK, Command, command, run_in
 from espalier.callbacks.monitor import Monitor
+from espalier.learners.classifier import Classifier
 from espalier.runs.checkpoint import CheckpointIO
 from helpers import forked
 
@@ -252,3 +253,18 @@ def test_the_last_checkpoint_is_that_of_the_last_epoch_also_if_none_of_them_got_
     checkpoints = run_in(tmp_path) / "checkpoints"
     steps = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in checkpoints.glob("*.ckpt")}
     assert steps == {"best": NUM_BATCHES, "previous": 2 * NUM_BATCHES, "last": 3 * NUM_BATCHES}
+
+
+def test_a_finished_run_that_goes_on_is_no_finished_one_until_it_ends_again(
+    espalier: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = ("model=mlp", "trainer.max_epochs=1", *QUICK, "hydra.run.dir=run")
+    assert espalier("train", *words).code == 0
+    first = (tmp_path / "run" / "report.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "loss", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            espalier("train", "resume=run", "trainer.max_epochs=2")
+    assert not (tmp_path / "run" / "report.json").exists(), "its numbers are those of another network"
+    assert espalier("train", "resume=run", "trainer.max_epochs=2").code == 0
+    assert (tmp_path / "run" / "report.json").read_text() != first

@@ -72,6 +72,8 @@ class Run(Parts):
         late = [method for method in self.compressions if not method.trains]
         weights = None
         if self.task == "train" or len(late) < len(self.compressions):
+            if is_first_rank():
+                RunFolder(self.folder).report.unlink(missing_ok=True)  # of the run that this one goes on from
             self.trainer.fit(self.learner, self.data, ckpt_path=self.resumed.path if self.resumed else None)
             weights = trainer.kept(self.trainer) or self.learner.save_last()
         if not late and (weights or self.task == "train"):
