@@ -46,7 +46,7 @@ def help_page(verb: str, group: str) -> str:
         return "\n".join([f"Options of {group}:", *lines])
     task = verb.removeprefix("task=")
     chosen = conf_dir.defaults()
-    knobs = [f"  task.{line.replace(': ', '=', 1)}" for line in conf_dir.knobs("task", task)]
+    settings = [f"  task.{line.replace(': ', '=', 1)}" for line in conf_dir.settings("task", task)]
     options = [
         f"  {name:<13} {', '.join(options)}"
         + (f"   [{chosen[name].strip('[]')}]" if chosen.get(name, "null") != "null" else "")
@@ -58,7 +58,7 @@ def help_page(verb: str, group: str) -> str:
         (
             f"espalier {task} [GROUP=OPTION] [KEY=VALUE] ...   {conf_dir.summary('task', task)}",
             *("", "Groups and their options, the default in brackets:", *options),
-            *("", "Keys (`--cfg job` prints them all, such as model.width=32):", *top, *knobs),
+            *("", "Keys (`--cfg job` prints them all, such as model.width=32):", *top, *settings),
             *("", "Flags:", FLAGS),
         )
     )

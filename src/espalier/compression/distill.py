@@ -189,19 +189,19 @@ class Distill(Compression):
     def _outputs(self, owner: str, model: nn.Module) -> Mapping[str, Tensor]:
         """Return what the watched modules of a network, which stays as it is, give for one sample."""
         names = [name for name, _ in model.named_modules() if name]
-        knobs = [(knob, path) for knob in ("features", "attention") for path in getattr(self, knob)]
-        for knob, path in knobs:
+        settings = [(setting, path) for setting in ("features", "attention") for path in getattr(self, setting)]
+        for setting, path in settings:
             if path not in names:
-                raise ConfigError(f"compression.distill.{knob}={path}: no module of {owner}{nearest(path, names)}")
+                raise ConfigError(f"compression.distill.{setting}={path}: no module of {owner}{nearest(path, names)}")
         twin = deepcopy(model).eval()
         with ExitStack() as undo, torch.no_grad():
-            read = watch(twin, [path for _, path in knobs], undo)
+            read = watch(twin, [path for _, path in settings], undo)
             twin(*example(self.spec, 1))
             outputs = read()
-        for knob, path in knobs:
+        for setting, path in settings:
             if not isinstance(outputs.get(path), Tensor):
                 raise ConfigError(
-                    f"compression.distill.{knob}={path}: no tensor comes out of this module of {owner}; name another"
+                    f"compression.distill.{setting}={path}: no tensor comes out of this module of {owner}; name another"
                 )
         return outputs
 

@@ -49,7 +49,7 @@ def package(group: str, option: str) -> str:
     return first.removeprefix("# @package ").strip() if first.startswith("# @package") else group.replace("/", ".")
 
 
-def knobs(group: str, option: str) -> list[str]:
+def settings(group: str, option: str) -> list[str]:
     """Return the lines of an option's file that a user can override, comments included."""
     lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
     return [line for line in lines if line.strip() and not line.startswith(("#", "_target_", "_partial_"))]

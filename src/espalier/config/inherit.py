@@ -13,7 +13,7 @@ from espalier.config.overrides import FORCED
 from espalier.errors import ConfigError
 
 BATCHES = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches", "val_check_interval")  # may follow
-WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # knobs of the trainer that change no weight
+WITHOUT_EFFECT = ("profiler", "detect_anomaly", "log_every_n_steps")  # settings of the trainer that change no weight
 BUNDLED = ("experiment", "debug")  # groups that change others
 DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm")  # of the trainer: what strategy= sets
 NETWORK = ("data", "model", "learner")  # what decides which weights fit

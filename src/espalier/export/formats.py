@@ -92,7 +92,7 @@ def named(name: str) -> Format:
     return found()
 
 
-Name = Annotated[str, OneOf(names)]  # of a format, as a knob
+Name = Annotated[str, OneOf(names)]  # of a format, as a setting
 Runnable = Annotated[str, OneOf(runnable)]
 
 

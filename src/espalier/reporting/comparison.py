@@ -101,14 +101,14 @@ def differences(entries: Sequence[Entry]) -> Columns:
     keys = list(dict.fromkeys(key for entry in known for key in entry.config if key not in NOT_SHOWN))
     differing = [key for key in keys if len({_value(entry, key) for entry in known}) > 1]
     chosen = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
-    shown = [key for key in differing if not _is_knob(key, chosen, known)]
+    shown = [key for key in differing if not _is_setting(key, chosen, known)]
     if not shown:
         return {}
     names = [key.removesuffix(TARGET) for key in shown]
     return {"": names} | {entry.name: [_short(_value(entry, key), key) for key in shown] for entry in known}
 
 
-def _is_knob(key: str, chosen: Sequence[str], entries: Sequence[Entry]) -> bool:
+def _is_setting(key: str, chosen: Sequence[str], entries: Sequence[Entry]) -> bool:
     """Return whether a key belongs to one of several options, such as `model.depth` if the models differ."""
     is_common = all(key in entry.config for entry in entries)
     return not is_common and any(key.startswith(f"{group}.") and key != f"{group}{TARGET}" for group in chosen)

@@ -123,7 +123,7 @@ def named(name: str) -> Harm:
     return found()
 
 
-Name = Annotated[str, OneOf(names)]  # of a harm, as a knob
+Name = Annotated[str, OneOf(names)]  # of a harm, as a setting
 
 
 def attacks(chosen: Sequence[str]) -> list[str]:

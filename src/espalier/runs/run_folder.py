@@ -16,7 +16,7 @@ EVALUATED = (COMPRESSED, BEST, *RESUMED)  # what `source=FOLDER` means, in this 
 BUNDLE = Path("export", "bundle.json")  # in the folder of a run that exported
 TAKES_SEVERAL = ("benchmark", "report")  # tasks whose source may be RUN,RUN,...
 TAKES_BUNDLE = ("predict", "serve")  # tasks that need an exported bundle
-NOT_THE_DATA = ("batch_size", "num_workers", "in_memory", "augment")  # knobs of data that change no sample of a split
+NOT_THE_DATA = ("batch_size", "num_workers", "in_memory", "augment")  # settings of data that change no sample
 READS_BUNDLE = ("benchmark", "evaluate")  # tasks that take one as well as a checkpoint
 
 

@@ -23,12 +23,12 @@ class Settings:
 
     def to_words(self) -> list[str]:
         """Return the command line that `from_words` reads."""
-        first, *knobs = fields(self)
+        first, *settings = fields(self)
         words = [str(getattr(self, first.name))]
-        for knob in knobs:
-            value = getattr(self, knob.name)
+        for setting in settings:
+            value = getattr(self, setting.name)
             given = value if isinstance(value, list) else [value]
-            words += [f"--{knob.name.replace('_', '-')}", *map(str, given)] if given else []
+            words += [f"--{setting.name.replace('_', '-')}", *map(str, given)] if given else []
         return words
 
     @classmethod
