@@ -15,16 +15,13 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from espalier.processes import telemetry
-
 NUMBER = struct.Struct("i")  # a size, a process id, or how a process ended, as `waitpid` has it
 ADDRESS = "TESTS_FORK_SERVER"  # where it listens; its log lies beside it
 # What a library reads when it is imported, or Python before: a copy would not see them.
 READ_AT_START = ("PYTHON", "OMP_NUM", "MKL_", "OPENBLAS_", "LD_", "HF_", "HOME", "XDG_", "MPL", "ORT_")
-READ_LATER = {"PYTHONPATH", "HF_TOKEN"}  # but for these
+READ_LATER = {"PYTHONPATH", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY"}  # but for these
 RANK = "LOCAL_RANK"  # of the processes that a copy starts, its ranks are copies as well
 
-telemetry.switch_off()  # or the first command inside of a test process would, and no copy would do from then on
 _at_start = {**os.environ, "OMP_NUM_THREADS": "1"}
 _whole = {name: getattr(subprocess.Popen, name) for name in ("_execute_child", "_internal_poll", "_try_wait")}
 _order = signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
