@@ -60,9 +60,13 @@ WRONG = {
     "key of other options": (
         ["data.path=x"],
         "data.path: no such key in data=digits",
-        "hub_images, imagenet and mnist",
+        "hub_images, imagenet, mnist and text have it",
     ),
-    "key of another option, appended": (["+data.path=x"], "data.path: no such key", "hub_images, imagenet and mnist"),
+    "key of another option, appended": (
+        ["+data.path=x"],
+        "data.path: no such key",
+        "hub_images, imagenet, mnist and text have it",
+    ),
     "key of one other option": (["scheduler.gamma=0.5"], "scheduler.gamma", "scheduler=step has it"),
     "key of a callback that is not chosen": (["callbacks.ema.decay=0.5"], "callbacks.ema", "callbacks=[ema] has it"),
     "key of another strategy": (["trainer.strategy.timeout_seconds=3"], "trainer.strategy", "strategy=ddp, ddp_cpu"),

@@ -213,9 +213,9 @@ def test_mixing_runs_last_and_gives_class_probabilities():
 
 def test_every_data_option_composes_and_builds():
     names = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
-    assert len(names) == 10
+    assert len(names) == 11
     for name in names:
-        extra = ["data.path=somewhere"] if name == "hub_images" else []
+        extra = ["data.path=somewhere"] if name in ("hub_images", "text") else []
         data = instantiate(composed(f"data={name}", *extra), seed=0, _convert_="all")
         assert isinstance(data, DataModule)
 

@@ -22,6 +22,7 @@ from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
 from espalier.profiling.cost import count_params
+from espalier.spec import of_shape
 
 SHAPE = (1, 8, 8)
 STEP = 0.05  # of quantized activations
@@ -79,7 +80,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The float file of each network."""
     folder = tmp_path_factory.mktemp("float")
     for name in MODELS:
-        write(network(name), SHAPE, folder / f"{name}.onnx")
+        write(network(name), of_shape(SHAPE), folder / f"{name}.onnx")
     return {name: folder / f"{name}.onnx" for name in MODELS}
 
 
@@ -127,7 +128,7 @@ def test_a_file_is_its_weights_and_hardly_anything_else(files):
 def test_equal_constants_are_stored_once(tmp_path: Path):
     model = network("mlp")
     model.layers.linear2.weight = model.layers.linear1.weight  # one matrix, used twice
-    write(model, SHAPE, tmp_path / "model.onnx")
+    write(model, of_shape(SHAPE), tmp_path / "model.onnx")
     initializers = onnx.load(tmp_path / "model.onnx").graph.initializer
     assert Counter(tuple(constant.dims) for constant in initializers)[64, 64] == 1
 
@@ -144,7 +145,7 @@ def test_exporting_is_silent_and_leaves_the_model_and_the_loggers_alone(tmp_path
     before = [(module.training, *module.state_dict().values()) for module in model.modules()]
     handlers = list(logging.root.handlers)
     capfd.readouterr()
-    write(model, SHAPE, tmp_path / "model.onnx", Conversion("dynamic", 8))
+    write(model, of_shape(SHAPE), tmp_path / "model.onnx", Conversion("dynamic", 8))
     assert capfd.readouterr() == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]  # no draft
     assert logging.root.handlers == handlers
@@ -161,7 +162,7 @@ def test_a_network_that_decides_by_values_is_refused_in_one_line_and_the_old_fil
 
     (tmp_path / "model.onnx").write_text("old")
     with pytest.raises(ConfigError, match=r"^export: torch cannot turn this network into ONNX \(.*\); .*$"):
-        write(Undecided().eval(), SHAPE, tmp_path / "model.onnx")
+        write(Undecided().eval(), of_shape(SHAPE), tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "old"
 
@@ -169,7 +170,7 @@ def test_a_network_that_decides_by_values_is_refused_in_one_line_and_the_old_fil
 @torch.no_grad()
 def test_a_quantized_graph_runs_on_integers_from_convolution_to_mean(tmp_path: Path):
     model = QuantizedNet(rounds_output=True).eval()
-    write(model, SHAPE, tmp_path / "model.onnx")
+    write(model, of_shape(SHAPE), tmp_path / "model.onnx")
     counts = operators(tmp_path / "model.onnx")
     assert {name for name in counts if is_integer(name)} == {"QLinearConv", "QLinearGlobalAveragePool"}
     assert unfused(tmp_path / "model.onnx") == []
@@ -178,7 +179,7 @@ def test_a_quantized_graph_runs_on_integers_from_convolution_to_mean(tmp_path: P
 
 
 def test_a_quantized_layer_that_runs_in_float_is_named(tmp_path: Path):
-    write(QuantizedNet(rounds_output=False).eval(), SHAPE, tmp_path / "model.onnx")
+    write(QuantizedNet(rounds_output=False).eval(), of_shape(SHAPE), tmp_path / "model.onnx")
     assert unfused(tmp_path / "model.onnx") == ["conv (Conv)"]
 
 
@@ -192,7 +193,7 @@ def test_a_float_graph_has_nothing_to_fuse(files):
 
 def test_dynamic_quantization_keeps_accuracy_on_integer_kernels(tmp_path: Path, trained):
     model, x, y = trained
-    write(model, SHAPE, tmp_path / "int8.onnx", Conversion("dynamic", 8))
+    write(model, of_shape(SHAPE), tmp_path / "int8.onnx", Conversion("dynamic", 8))
     before = accuracy(model(x), y)
     after = accuracy(Session(tmp_path / "int8.onnx", threads=1)(x), y)
     assert before > 0.95
@@ -208,7 +209,7 @@ def test_a_skipped_module_and_what_lies_in_it_stay_float(kind, tmp_path: Path):
     model = nn.Sequential()  # three linear layers
     model.add_module("first", nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32)))
     model.add_module("firs", nn.Linear(32, 10))
-    write(model.eval(), SHAPE, tmp_path / "model.onnx", Conversion(kind, 8, 32, ("firs", "first.1")))
+    write(model.eval(), of_shape(SHAPE), tmp_path / "model.onnx", Conversion(kind, 8, 32, ("firs", "first.1")))
     counts = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
     assert counts["MatMulInteger"] + counts["MatMulNBits"] == 1
     assert counts["MatMul"] + counts["Gemm"] == 2

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from espalier.models import blocks
 from espalier.models.cnn import average_to_grid
 from espalier.models.densenet import DenseLayer
+from espalier.spec import Input
 
-OPTIONS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))}
+FILES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))}
+TOKENS = ("text_cnn", "transformer")
+OPTIONS = {name: path for name, path in FILES.items() if name not in TOKENS}  # that take one tensor of numbers
 IMAGE_MODELS = ["cnn", "densenet", "resnet", "vit"]
 DIGITS = (1, 8, 8)
 SMALL: dict[str, dict[str, Any]] = {  # each family at its fastest
@@ -51,9 +54,22 @@ def num_params(option: str, shape: tuple[int, ...], num_outputs: int, **knobs: A
         return sum(parameter.numel() for parameter in build(option, shape, num_outputs, **knobs).parameters())
 
 
-def test_there_are_five_options_and_each_first_line_says_what_it_is():
-    assert list(OPTIONS) == ["cnn", "densenet", "mlp", "resnet", "vit"]
-    assert all(path.read_text().startswith("# ") for path in OPTIONS.values())
+def test_each_option_is_known_here_and_its_first_line_says_what_it_is():
+    assert list(FILES) == ["cnn", "densenet", "mlp", "resnet", *TOKENS, "vit"]
+    assert all(path.read_text().startswith("# ") for path in FILES.values())
+
+
+@pytest.mark.parametrize("option", TOKENS)
+def test_padding_changes_no_answer_and_a_gradient_reaches_every_parameter(option: str):
+    torch.manual_seed(0)
+    entry = Input("tokens", "tokens", ("T",), vocabulary=tuple("abcdefgh"))
+    made = instantiate(OmegaConf.load(FILES[option]), dropout=0.0, _partial_=True, _convert_="all")
+    network = made(inputs=[entry], num_outputs=3)
+    ids_BT = torch.randint(2, 10, (4, 6), generator=torch.Generator().manual_seed(1))
+    expected = network(ids_BT)
+    torch.testing.assert_close(network(F.pad(ids_BT, (0, 5))), expected)
+    expected.square().sum().backward()
+    assert [name for name, parameter in network.named_parameters() if not parameter.grad.any()] == []
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -129,9 +129,7 @@ def make_qat(shape: tuple[int, ...] = SHAPE, skip: tuple[str, ...] = (), **optio
 
 
 def make_ptq(shape: tuple[int, ...] = SHAPE, skip: tuple[str, ...] = (), mode: str = "auto") -> PTQ:
-    return PTQ(
-        mode, "onnxruntime", NUM_SAMPLES, skip, spec(shape), lambda num: Batch(*(x[:num] for x in samples(shape)))
-    )
+    return PTQ(mode, "onnxruntime", NUM_SAMPLES, skip, spec(shape), lambda num: next(samples(shape).split(num)))
 
 
 def deploy(model: nn.Module, shape: tuple[int, ...], folder: Path) -> tuple[Counter[str], Callable[[Tensor], Tensor]]:
@@ -480,8 +478,7 @@ def fit(folder: Path, num_epochs: int, resumed: Path | None = None) -> tuple[Fit
     if resumed:  # as `run` does: what the checkpoint's history says, before Lightning loads the weights
         learner.model = QAT.replay(learner.model, qat.make_entry("static", "onnxruntime", [], spec((1, 8, 8))))
         method.is_applied = True
-    x, y, _ = samples((1, 8, 8))
-    batches = list(zip(x.split(8), y.split(8), strict=True))
+    batches = [(part.x, part.y) for part in samples((1, 8, 8)).split(8)]
     trainer = L.Trainer(
         max_epochs=num_epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, callbacks=[method], default_root_dir=folder, num_sanity_val_steps=0,

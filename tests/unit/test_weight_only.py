@@ -15,6 +15,7 @@ from espalier.export.onnx_operators import operators
 from espalier.models.mlp import MLP
 from espalier.models.resnet import ResNet
 from espalier.models.vit import ViT
+from espalier.spec import of_shape
 
 SHAPE = (1, 8, 8)
 
@@ -56,7 +57,7 @@ def test_what_was_decoded_encodes_to_the_same_weights_to_the_last_bit(bits: int)
 @torch.no_grad()
 def test_the_deployed_operator_computes_what_the_rounded_network_computes(make, bits: int, tmp_path: Path):
     model, entry = WeightOnly(bits, 32, []).apply_to(make())
-    write(finalize(model, [entry]), SHAPE, tmp_path / "model.onnx", conversion([entry]))
+    write(finalize(model, [entry]), of_shape(SHAPE), tmp_path / "model.onnx", conversion([entry]))
     x = torch.randn(64, *SHAPE)
     assert relative(Session(tmp_path / "model.onnx", threads=1)(x), model(x)) < 0.02  # activations of 8 bits
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
