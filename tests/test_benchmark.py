@@ -86,11 +86,11 @@ def test_each_number_of_threads_has_its_rows(espalier: Command, sources: tuple[P
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(espalier: Command, sources: tuple[Path, Path, Path]):
-    words = ("task.runtimes=[eager]", "task.score=false", "task.batches=[2048]", "task.rounds=1", "logger=[]")
+    words = ("task.runtimes=[eager]", "task.score=false", "task.batches=[512]", "task.rounds=1", "logger=[]")
     done = espalier("benchmark", f"source={sources[0]}", *words)
     assert done.code == 0, done.err
     [row] = report(done.run)["rows"]
-    activations = 2048 * 4 * 1000  # each layer of the network holds thousands of numbers for a sample
+    activations = 512 * 4 * 1000  # each layer of the network holds thousands of numbers for a sample
     assert activations < row["peak_bytes"] < 2_000_000_000
     assert "metrics" not in row
 

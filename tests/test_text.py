@@ -50,6 +50,15 @@ def test_a_training_in_two_parts_is_that_in_one(work: Path, espalier: Command, t
         assert torch.equal(value, parts["state_dict"][name]), name
 
 
+def test_a_run_does_not_go_on_with_other_texts(espalier: Command, tmp_path: Path):
+    file = texts.write(tmp_path / "texts.csv", 100)
+    assert espalier("train", *WORDS, f"data.path={file}", "trainer.max_epochs=1", "hydra.run.dir=run").code == 0
+    file.write_text(file.read_text().replace("film", "book"))
+    done = espalier("train", "resume=run", "trainer.max_epochs=2")
+    assert done.code == 2
+    assert "its 64 training samples are not those that it began with" in done.err
+
+
 def test_the_vocabulary_of_the_run_reads_texts_of_another_file(work: Path, espalier: Command, tmp_path: Path):
     texts.write(tmp_path / "others.csv", 60, seed=1)
     lines = (tmp_path / "others.csv").read_text().replace("film", "unheard of").splitlines()

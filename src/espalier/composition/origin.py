@@ -75,7 +75,7 @@ def require_same_samples(data: DataModule, resumed: Checkpoint) -> None:
     if _are_others(now, then):
         raise ConfigError(
             f"resume={resumed.path}: its {sum(now.class_counts)} training samples are not those that it began with: "
-            f"files were renamed or replaced; {bring_back}"
+            f"they were renamed, replaced or edited; {bring_back}"
         )
 
 

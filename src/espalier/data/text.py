@@ -1,5 +1,7 @@
 """Texts of your own with a class or a number each: a CSV, TSV or JSON-lines file."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -74,7 +76,8 @@ class Text(DataModule):
         encode = tokens.Encoder(entry, self.longest)
         ids = [encode(text) for text in texts]
         target = of_training(target, y_N[train])
-        spec = DataSpec(self.path.stem, (entry,), (target,), ((LENGTH, self.longest),))
+        seen = fingerprint([texts[place] for place in train.tolist()], y_N[train])
+        spec = DataSpec(self.path.stem, (entry,), (target,), ((LENGTH, self.longest),), seen)
         x = torch.from_numpy(tokens.padded(ids))
         cut_off = sum(len(tokens.pieces(text, self.cut)) > self.longest for text in texts)
         if cut_off:
@@ -118,6 +121,12 @@ def answers(
         raise ConfigError(f"data.target={name}: every row says {names[0]!r}, so there is nothing to tell apart")
     places = {value: place for place, value in enumerate(names)}
     return Target(OUTPUT, "classes", tuple(names)), torch.tensor([places[value] for value in values])
+
+
+def fingerprint(texts: Sequence[str], y_N: Tensor) -> str:
+    """Return the hex digest of training texts and their answers, in their order."""
+    content = json.dumps([texts, y_N.tolist()], ensure_ascii=False)
+    return hashlib.sha256(content.encode("utf-8", errors="replace")).hexdigest()
 
 
 def of_training(target: Target, y_N: Tensor) -> Target:
