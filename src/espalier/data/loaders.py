@@ -61,12 +61,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, init=False)
 class Samples:
-    """A split or a piece of one: raw values (N, *shape), uint8, float32 or int64, and targets (N,), int64 or float32.
+    """A split or a piece of one: raw values (N, *shape), uint8, float32 or int64; targets (N,), int64 or float32."""
 
-    Tokens are padded with 0 to the longest of all.
-    """
-
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]  # tokens are padded with 0 to the longest of all
     targets: tuple[Tensor, ...]
 
     def __init__(self, inputs: Tensor | tuple[Tensor, ...], targets: Tensor | tuple[Tensor, ...]) -> None:
@@ -207,18 +204,20 @@ class BatchLoader(Loader):
 
     def _batches(self, start: int) -> Iterator[Batch]:
         inputs, targets, finish, epoch = self.samples.inputs, self.samples.targets, self.finish, self.sampler.epoch
-        for index_B in self.sampler.batches(self.device)[start:]:
+        longest = self._longest(start)
+        for place, index_B in enumerate(self.sampler.batches(self.device)[start:]):
             picked = tuple([x.index_select(0, index_B) for x in inputs])
-            if self.lengths_N is not None:
-                picked = self._trimmed(picked, index_B)
+            if longest:
+                picked = tuple([x[:, : longest[place]] if _is_tokens(x) else x for x in picked])
             batch = Batch(picked, tuple([y.index_select(0, index_B) for y in targets]), index_B)
             yield batch if finish is None else finish(batch, epoch)
 
-    def _trimmed(self, inputs: tuple[Tensor, ...], index_B: Tensor) -> tuple[Tensor, ...]:
-        """Cut tokens to the longest sample of the batch, which depends on the order alone."""
-        assert self.lengths_N is not None
-        longest = int(self.lengths_N[index_B.cpu()].max()) if len(index_B) else 1
-        return tuple([x[:, :longest] if _is_tokens(x) else x for x in inputs])
+    def _longest(self, start: int) -> list[int]:
+        """Return the most tokens of a sample in each batch; from the order on the CPU, as a device makes us wait."""
+        if (length_N := self.lengths_N) is None:
+            return []
+        batches = self.sampler.batches(torch.device("cpu"))[start:]
+        return [int(length_N[index_B].max()) if len(index_B) else 1 for index_B in batches]
 
 
 class StreamLoader(Loader):
