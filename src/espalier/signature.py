@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from espalier.spec import DataSpec, of_shape
+from espalier.spec import UNKNOWN, DataSpec, of_shape
 
 LENGTH = 8  # of an example along an axis that has no size of its own; at most the longest
 
@@ -21,7 +21,7 @@ def example(
     return tuple(
         torch.full(
             (num, *(min(LENGTH, lengths[axis]) if isinstance(axis, str) else axis for axis in each.shape)),
-            1 if each.is_tokens else 0,
+            UNKNOWN if each.is_tokens else 0,
             dtype=torch.int64 if each.is_tokens else dtype,
             device=device,
         )

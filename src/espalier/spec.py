@@ -53,7 +53,7 @@ class Target:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What one sample looks like, and what is asked of it.
+    """The inputs of one sample, and the targets that are asked of it.
 
     Model, metrics, checkpoint, export and server all take their sizes from here, so no size is configured twice.
     `shape`, `class_names` and the like are those of the only input and of the only target.
@@ -265,7 +265,7 @@ class Report:
 
     @property
     def objective(self) -> float | None:
-        """What a sweep optimises; None where no training chose a checkpoint."""
+        """Return what a sweep optimises, or None if no training chose a checkpoint."""
         return self.monitored["value"] if self.monitored else None
 
     def to_dict(self) -> dict[str, Any]:

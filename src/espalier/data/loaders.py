@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from espalier import seeding
 from espalier.errors import ConfigError, EspalierError
+from espalier.spec import PAD
 
 ORDER_STREAM = 1  # keeps the order apart from other users of (seed, epoch)
 PREFETCH = 2  # batches that each worker prepares ahead
@@ -89,7 +90,7 @@ class Samples:
 
     def lengths(self) -> Tensor:
         """Return the number of tokens of each sample, (N,)."""
-        counts = [(x != 0).sum(1) for x in self.inputs if _is_tokens(x)]
+        counts = [(x != PAD).sum(1) for x in self.inputs if _is_tokens(x)]
         return torch.stack(counts).amax(0)
 
     def __len__(self) -> int:

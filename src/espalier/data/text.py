@@ -79,7 +79,8 @@ class Text(DataModule):
         seen = fingerprint([texts[place] for place in train.tolist()], y_N[train])
         spec = DataSpec(self.path.stem, (entry,), (target,), ((LENGTH, self.longest),), seen)
         x = torch.from_numpy(tokens.padded(ids))
-        cut_off = sum(len(tokens.pieces(text, self.cut)) > self.longest for text in texts)
+        full = [text for text, row in zip(texts, ids, strict=True) if len(row) == self.longest]
+        cut_off = sum(len(tokens.pieces(text, self.cut)) > self.longest for text in full)
         if cut_off:
             self.notes.append(
                 f"{cut_off} of {len(texts)} texts are longer than {self.longest} {self.cut} and cut off there; "

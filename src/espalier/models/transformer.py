@@ -9,16 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from espalier.config.ranges import Count, Rate
-from espalier.models.blocks import (
-    Activation,
-    Attention,
-    Residual,
-    feed_forward,
-    make_dropout,
-    make_feature_norm,
-    sequence,
-)
+from espalier.models.blocks import Activation, Attention, Residual, make_dropout, make_feature_norm
 from espalier.models.embedding import embedding, masked_mean, positions, require_tokens
+from espalier.models.vit import feed_forward_branch
 from espalier.spec import PAD, Input
 
 
@@ -30,12 +23,7 @@ class Block(nn.Module):
         self.norm = make_feature_norm("layer", width)
         self.attention = Attention(width, heads)
         self.dropout = make_dropout(dropout)
-        self.mlp = Residual(
-            sequence(
-                norm=make_feature_norm("layer", width),
-                mlp=feed_forward(width, expansion * width, activation, dropout),
-            )
-        )
+        self.mlp = Residual(feed_forward_branch(width, expansion, activation, "layer", dropout))
 
     def forward(self, x_BTD: Tensor, is_there_B11T: Tensor) -> Tensor:
         """Return tokens of the same shape, (B, T, D)."""

@@ -24,7 +24,7 @@ SHORT_NAME = 12  # letters of a class name below a picture; the rest would run i
 
 
 class Calibration(Protocol):
-    """What `targets.metrics.calibration` finds; each of shape (K,), `error` scalar."""
+    """The findings of `targets.metrics.calibration`; each of shape (K,), `error` scalar."""
 
     @property
     def count(self) -> Tensor: ...

@@ -32,7 +32,7 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of an attack's largest change, pe
 
 @dataclass(frozen=True)
 class Kind:
-    """What has to be known of a kind of samples, in the unit in which they are harmed."""
+    """The limits and the usual change of a kind of samples, in the unit in which they are harmed."""
 
     limits: Range  # of a value
     epsilon: float  # the largest change of a value by an attack, where nobody says another
@@ -47,7 +47,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all batches."""
+    """Everything that is the same for all batches."""
 
     kind: str  # of the samples, of `KINDS`
     seed: int
@@ -81,7 +81,7 @@ class Harm(plugins.Plugin):
 
 
 class Corruption(Harm):
-    """What may happen to samples outside the laboratory."""
+    """A harm that happens to samples by chance, outside the laboratory."""
 
     @abstractmethod
     def corrupt(self, x: Tensor, index_B: Tensor, severity: int, setting: Setting) -> Tensor:
@@ -106,7 +106,7 @@ class Attack(Harm):
 
 
 def names() -> list[str]:
-    """Names of all harms, attacks last."""
+    """Return the names of all harms, attacks last."""
     found = plugins.members(robustness, Harm)  # type: ignore[type-abstract]
     return sorted(found, key=lambda name: (issubclass(found[name], Attack), name))
 
@@ -160,7 +160,7 @@ def strength(x_BCHW: Tensor, severity: int, small: Sequence[float], large: Seque
 
 
 def is_small(x_BCHW: Tensor) -> bool:
-    """Whether images have the size of CIFAR-10-C rather than of ImageNet-C."""
+    """Return whether images have the size of CIFAR-10-C rather than of ImageNet-C."""
     return min(x_BCHW.shape[2:]) < SMALL_SIDE
 
 

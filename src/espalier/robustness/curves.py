@@ -50,7 +50,7 @@ def severities(
 
 
 def rows(curves: Curves, split: str, runtime: str) -> list[dict[str, Any]]:
-    """One row of a report per harm: the metric at each severity, and its mean."""
+    """Return one row of a report per harm: the metric at each severity, and its mean."""
     return [
         {
             "name": name,

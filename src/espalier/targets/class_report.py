@@ -29,7 +29,7 @@ ERRORS = "errors.csv"
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How one class fares; a share is 0 where nothing could be divided."""
+    """The scores of one class; a share is 0 where nothing could be divided."""
 
     name: str
     precision: float  # of what was given this label, how much is right
@@ -39,7 +39,7 @@ class ClassScore:
 
 
 def per_class(found: "Predictions") -> list[ClassScore]:
-    """One score per class, in the order of the classes."""
+    """Return one score per class, in the order of the classes."""
     num_classes = found.spec.num_classes
     predicted_N = found.predicted
     support_K = found.y.bincount(minlength=num_classes)
@@ -53,12 +53,12 @@ def per_class(found: "Predictions") -> list[ClassScore]:
 
 
 def worst(scores: Sequence[ClassScore]) -> list[ClassScore]:
-    """Classes that have samples, the lowest F1 first."""
+    """Return the classes that have samples, the lowest F1 first."""
     return sorted((score for score in scores if score.support), key=lambda score: score.f1)
 
 
 def class_table(scores: Sequence[ClassScore]) -> Table:
-    """All classes; of more than `MAX_CLASSES` the worst."""
+    """Return a table of all classes, or, of more than `MAX_CLASSES`, of the worst."""
     is_short = len(scores) <= MAX_CLASSES
     shown = list(scores) if is_short else worst(scores)[:WORST_CLASSES]
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
@@ -71,15 +71,11 @@ def class_table(scores: Sequence[ClassScore]) -> Table:
     return grid
 
 
-def confidence(found: "Predictions") -> Tensor:
-    """Return the probability of the predicted class, (N,)."""
-    return found.output.softmax(dim=1).amax(dim=1)
-
-
 def confident_errors(found: "Predictions", limit: int) -> Tensor:
     """Return the places in `found` of at most `limit` wrong answers, the most confident first."""
-    place_E = (found.predicted != found.y).nonzero().flatten()
-    order_E = confidence(found)[place_E].argsort(descending=True, stable=True)
+    judged = found.kind.judge(found.output, found.y)
+    place_E = judged.is_wrong.nonzero().flatten()
+    order_E = judged.confidence[place_E].argsort(descending=True, stable=True)
     return place_E[order_E][:limit]
 
 

@@ -24,7 +24,7 @@ Raw = Callable[["Tensor"], "Tensor"]  # positions (N,) in a split to raw samples
 
 
 class Judged(NamedTuple):
-    """How answers fare, each of shape (N,)."""
+    """Answers sorted into groups and into right and wrong ones, each of shape (N,)."""
 
     group: "Tensor"  # place in `groups`
     is_wrong: "Tensor"
@@ -32,7 +32,7 @@ class Judged(NamedTuple):
 
 
 class TargetKind(ABC):
-    """What the answers of a network to samples of some data mean."""
+    """The meaning of the answers that a network gives to samples of some data."""
 
     word: ClassVar[str]  # what the targets are, in the plural
     learner: ClassVar[str]  # the option that trains for them

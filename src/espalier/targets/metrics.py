@@ -12,7 +12,7 @@ NUM_BINS = 15  # of a calibration curve, as in Guo et al. 2017
 
 
 def distillation(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of softened logits, mean over the batch, in nats; scalar.
+    """Return KL(teacher || student) of softened logits, mean over the batch, in nats; scalar.
 
     Scaled by temperature**2 so gradients keep their size as it changes
     (Hinton et al. 2015, section 2, arxiv.org/abs/1503.02531).

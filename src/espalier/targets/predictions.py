@@ -1,4 +1,4 @@
-"""What a network answered, sample by sample. Letters: N samples, K outputs."""
+"""The answers of a network, sample by sample. Letters: N samples, K outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
